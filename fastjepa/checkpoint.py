@@ -1,0 +1,98 @@
+"""Checkpoints: written whole or not at all, read without running code, and told plainly when they cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODELS = ("encoder", "predictor", "target_encoder")
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A training checkpoint, ours or an official `.pth.tar`, as a dict on the CPU.
+
+    Returns:
+        Its entries, among them the state dicts `encoder`, `predictor` and `target_encoder` (no `module.` prefix) and
+        `epoch`. Code in the file is never run.
+
+    Raises:
+        ValueError: a file that is not there, cannot be read, or lacks an entry; names the file and what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read as one ({reason[:160]})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, not a dict with {', '.join(MODELS)}")
+    missing = [name for name in (*MODELS, "epoch") if name not in state]
+    if missing:
+        raise ValueError(f"checkpoint {path} lacks {', '.join(missing)}; it has {', '.join(map(str, state)) or 'nothing'}")
+    for name in MODELS:
+        if not isinstance(state[name], dict) or not all(isinstance(v, Tensor) for v in state[name].values()):
+            raise ValueError(f"checkpoint {path}: {name} is not a state dict of tensors")
+        state[name] = {key.removeprefix("module."): value for key, value in state[name].items()}
+    return state
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load a state dict, all of it.
+
+    Raises:
+        ValueError: keys or shapes of another model; names the first that differ.
+    """
+    own = model.state_dict()
+    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    if missing or unknown:
+        parts = [f"lacks {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else f"lacks {missing[0]}"] * bool(
+            missing
+        ) + [f"has {unknown[0]} and {len(unknown) - 1} more" if len(unknown) > 1 else f"has {unknown[0]}"] * bool(unknown)
+        raise ValueError(f"{what} is of another model: it {' and '.join(parts)}, which this model does not expect")
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape:
+            raise ValueError(
+                f"{what} is of another model: {key} is {list(state[key].shape)} there and {list(tensor.shape)} here"
+            )
+    model.load_state_dict(state)
+
+
+def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `state` to `path` atomically: to a file beside it, synced to the disk, then renamed over it.
+
+    Raises:
+        OSError: it could not be written (a full disk, say); whatever stood at `path` is as it was.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch's zip writer reports a failed write so
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,31 @@
+"""Modules: the models of I-JEPA and the pieces they are made of."""
+
+from fastjepa.nn.block import MLP, Block
+from fastjepa.nn.patch_embed import PatchEmbed
+from fastjepa.nn.predictor import VisionTransformerPredictor, vit_predictor
+from fastjepa.nn.ragged_attention import RaggedAttention
+from fastjepa.nn.vision_transformer import (
+    VisionTransformer,
+    vit_base,
+    vit_giant,
+    vit_huge,
+    vit_large,
+    vit_small,
+    vit_tiny,
+)
+
+__all__ = [
+    "MLP",
+    "Block",
+    "PatchEmbed",
+    "RaggedAttention",
+    "VisionTransformer",
+    "VisionTransformerPredictor",
+    "vit_base",
+    "vit_giant",
+    "vit_huge",
+    "vit_large",
+    "vit_predictor",
+    "vit_small",
+    "vit_tiny",
+]

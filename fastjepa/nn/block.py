@@ -1,0 +1,77 @@
+"""The transformer block: attention and MLP, each behind a LayerNorm and a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.nn.ragged_attention import RaggedAttention
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, Linear. Shapes: [T, D] -> [T, D]."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every token on its own."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is dropped for whole sequences, in training only.
+
+    Source: Huang et al. 2016 (arXiv 1603.09382).
+    """
+
+    def __init__(self, probability: float = 0.0):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Shapes: x [T, D], offsets int32 [S + 1] -> [T, D], zero for the sequences that were dropped."""
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        kept = torch.empty(offsets.shape[0] - 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+        if keep > 0.0:
+            kept = kept / keep
+        return x * kept.repeat_interleave(offsets.diff(), dim=0, output_size=x.shape[0])
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)), over packed sequences.
+
+    Shapes: x [T, D], offsets int32 [S + 1], max_length a host int -> [T, D].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = RaggedAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.norm2 = norm_layer(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        """Apply the block to every sequence on its own."""
+        x = x + self.drop_path(self.attn(self.norm1(x), offsets, max_length), offsets)
+        return x + self.drop_path(self.mlp(self.norm2(x)), offsets)

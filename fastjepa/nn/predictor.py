@@ -1,0 +1,122 @@
+"""The predictor: a narrow Vision Transformer from context tokens to the features of masked patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa import ops
+from fastjepa.nn.block import Block
+from fastjepa.nn.init import LAYER_NORM, init_weights, rescale_residuals
+from fastjepa.nn.position import sincos_positions
+from fastjepa.pairing import Pairing, PredictorLayout
+from fastjepa.ragged import Ragged, masks_to_ragged
+
+
+class VisionTransformerPredictor(nn.Module):
+    """Predictor with the parameter names, shapes and keywords of the official `VisionTransformerPredictor`.
+
+    Each pair of an image's context and one of its targets is a sequence of its own: the context's tokens, then one mask
+    token for each target patch.
+
+    Shapes:
+        context: with lists [nenc * B, K, D]; with `Ragged` masks a `Ragged` [T, D] of masks_enc's offsets.
+        masks_enc, masks_pred: lists of nenc [B, K] and npred [B, K'], or two `Ragged` of patch indices.
+
+    Returns:
+        With lists [npred * nenc * B, K', D], in order target, context, image. With `Ragged` a `Ragged` [T', D] whose
+        sequences run image, target, context.
+
+    Raises:
+        ValueError: masks of two kinds, or a context that does not fit them; a num_patches that is no square (give
+            `grid_size` then).
+
+    Source: Assran et al. 2023 (arXiv 2301.08243), section 3.
+    """
+
+    def __init__(
+        self,
+        num_patches: int,
+        embed_dim: int = 768,
+        predictor_embed_dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+        init_std: float = 0.02,
+        grid_size: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        side = math.isqrt(num_patches)
+        grid = grid_size or (side, side)
+        if grid[0] * grid[1] != num_patches:
+            raise ValueError(f"num_patches={num_patches} is not the {grid[0]}x{grid[1]} grid; give grid_size")
+        width = predictor_embed_dim
+        self.predictor_embed = nn.Linear(embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.predictor_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.predictor_blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, rate, norm_layer)
+            for rate in rates
+        )
+        self.predictor_norm = norm_layer(width)
+        self.predictor_proj = nn.Linear(width, embed_dim)
+        nn.init.trunc_normal_(self.mask_token, std=init_std)
+        init_weights(self, init_std)
+        rescale_residuals(self.predictor_blocks)
+
+    def forward(
+        self,
+        context: Tensor | Ragged,
+        masks_enc: Tensor | Sequence[Tensor] | Ragged,
+        masks_pred: Tensor | Sequence[Tensor] | Ragged,
+    ) -> Tensor | Ragged:
+        """Predict the features of every target patch from each context of its image."""
+        ragged = isinstance(masks_enc, Ragged)
+        if ragged != isinstance(masks_pred, Ragged) or ragged != isinstance(context, Ragged):
+            raise ValueError("context, masks_enc and masks_pred must be all `Ragged`, or a tensor and two lists")
+        if ragged:
+            index, targets = masks_enc, masks_pred
+            pairing = Pairing.image_major(index, targets)
+            values = context.values
+        else:
+            index, targets = masks_to_ragged(masks_enc), masks_to_ragged(masks_pred)
+            nenc = 1 if isinstance(masks_enc, Tensor) else len(masks_enc)
+            npred = 1 if isinstance(masks_pred, Tensor) else len(masks_pred)
+            batch = index.num_sequences // nenc
+            if targets.num_sequences != npred * batch:
+                raise ValueError(f"masks_enc holds {batch} images and masks_pred {targets.num_sequences // npred}")
+            pairing = Pairing.mask_major(nenc, npred, batch, index.device)
+            values = context.flatten(0, 1)
+        if len(values) != len(index.values):
+            raise ValueError(f"context has {len(values)} tokens, but masks_enc names {len(index.values)} patches")
+        predicted = self._predict(values, PredictorLayout.build(index, targets, pairing))
+        return predicted if ragged else predicted.values.view(predicted.num_sequences, -1, values.shape[-1])
+
+    def _predict(self, context: Tensor, layout: PredictorLayout) -> Ragged:
+        x = ops.assemble_predictor(
+            self.predictor_embed(context),
+            self.mask_token.view(-1),
+            self.predictor_pos_embed[0],
+            layout.source,
+            layout.patches,
+        )
+        for block in self.predictor_blocks:
+            x = block(x, layout.offsets, layout.max_length)
+        x = x.index_select(0, layout.picked)  # the mask tokens alone
+        return layout.targets.with_values(self.predictor_proj(self.predictor_norm(x)))
+
+
+def vit_predictor(**kwargs) -> VisionTransformerPredictor:
+    """`VisionTransformerPredictor` with the official factory's settings; keywords are passed on."""
+    return VisionTransformerPredictor(**kwargs)

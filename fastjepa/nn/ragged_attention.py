@@ -1,0 +1,43 @@
+"""Multi-head self-attention over packed sequences."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastjepa import ops
+
+
+class RaggedAttention(nn.Module):
+    """Self-attention within each packed sequence; parameters named and shaped as the official `Attention`.
+
+    Shapes: x [T, D], offsets int32 [S + 1], max_length a host int -> [T, D].
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {dim}")
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        """Attend within each sequence."""
+        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
+        dropout = self.attn_drop if self.training else 0.0
+        y = ops.ragged_attention(qkv, offsets, max_length, self.scale, dropout)
+        return self.proj_drop(self.proj(y.flatten(1)))

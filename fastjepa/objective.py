@@ -1,0 +1,78 @@
+"""I-JEPA: a context encoder and a predictor trained to give what an EMA target encoder sees in the masked blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa import ops
+from fastjepa.nn.predictor import VisionTransformerPredictor
+from fastjepa.nn.vision_transformer import VisionTransformer
+from fastjepa.ragged import Ragged
+
+
+class IJEPA(nn.Module):
+    """Owns `.encoder`, `.predictor` and `.target_encoder`, which starts as a copy of the encoder and takes no gradient.
+
+    Source: Assran et al. 2023 (arXiv 2301.08243).
+
+    >>> from fastjepa import MaskCollator, vit_predictor, vit_tiny
+    >>> encoder = vit_tiny(img_size=[64], patch_size=8, depth=1)
+    >>> predictor = vit_predictor(num_patches=64, embed_dim=192, predictor_embed_dim=96, depth=1, num_heads=3)
+    >>> model = IJEPA(encoder, predictor)
+    >>> collate = MaskCollator((64, 64), 8, (0.85, 1.0), (0.15, 0.2), (0.75, 1.5), npred=4, ragged=True)
+    >>> images, masks_enc, masks_pred = collate([torch.rand(3, 64, 64) for _ in range(2)])
+    >>> model.loss(images, masks_enc, masks_pred).backward()
+    >>> model.update_target(0.996)
+    """
+
+    def __init__(self, encoder: VisionTransformer, predictor: VisionTransformerPredictor):
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def target_features(self, images: Tensor) -> Tensor:
+        """What the target encoder sees in whole images: [B, C, H, W] -> [B, N, D], before the layer norm."""
+        features = self.target_encoder(images)
+        assert isinstance(features, Tensor)
+        return features
+
+    def predict(
+        self, images: Tensor, masks_enc: Sequence[Tensor] | Ragged, masks_pred: Sequence[Tensor] | Ragged
+    ) -> Tensor | Ragged:
+        """The predictor's output for the encoder's contexts; forms as in `VisionTransformerPredictor`."""
+        return self.predictor(self.encoder(images, masks_enc), masks_enc, masks_pred)
+
+    def loss(
+        self, images: Tensor, masks_enc: Sequence[Tensor] | Ragged, masks_pred: Sequence[Tensor] | Ragged
+    ) -> Tensor:
+        """The objective of a batch, a scalar to call `backward` on.
+
+        Shapes: images [B, C, H, W]; masks as `VisionTransformer` and `VisionTransformerPredictor` take them.
+
+        Raises:
+            ValueError: images or masks that do not fit.
+        """
+        return self.forward(images, masks_enc, masks_pred)[0]
+
+    def forward(
+        self, images: Tensor, masks_enc: Sequence[Tensor] | Ragged, masks_pred: Sequence[Tensor] | Ragged
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, target features [B, N, D]); the features are for whoever watches them for collapse."""
+        features = self.target_features(images)
+        prediction = self.predict(images, masks_enc, masks_pred)
+        return ops.jepa_loss(prediction, features, masks_pred), features
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move every parameter of the target encoder to momentum * itself + (1 - momentum) * the encoder's.
+
+        Raises:
+            ValueError: a momentum outside 0..1.
+        """
+        ops.ema_update_(self.target_encoder.parameters(), self.encoder.parameters(), momentum)

@@ -1,0 +1,93 @@
+"""Tokens by index: out of images into packed sequences, back, and into the predictor's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, scatter_rows_ref
+from fastjepa.ragged import Ragged, image_rows, sequence_ids
+
+
+def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> Ragged:
+    """The tokens that `index` names, packed; with `pos_embed`, the position of each is added in the same pass.
+
+    Shapes:
+        x: [B, N, D] floating.
+        index: `Ragged` of patch indices (int32 or int64 [T]) in 0..N-1, B * per_image sequences.
+        pos_embed: [N, D].
+
+    Returns:
+        `Ragged` of tokens [T, D] with the offsets of `index`.
+
+    Raises:
+        ValueError: shapes or dtypes other than these, or sequences that do not fit B images.
+
+    >>> x = torch.arange(6.0).view(1, 3, 2)
+    >>> gather_tokens(x, Ragged.from_list([torch.tensor([2, 0])])).values.tolist()
+    [[4.0, 5.0], [0.0, 1.0]]
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, N, D], got {list(x.shape)}")
+    _check_index(index)
+    batch, patches, width = x.shape
+    if pos_embed is not None and pos_embed.shape != (patches, width):
+        raise ValueError(f"pos_embed must be [N, D] = [{patches}, {width}], got {list(pos_embed.shape)}")
+    rows = image_rows(index, batch, patches)
+    return index.with_values(gather_rows_ref(x.reshape(-1, width), rows, pos_embed))
+
+
+def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
+    """Tokens put back at the places that `index` names, zero elsewhere; repeated indices add.
+
+    Shapes:
+        tokens: `Ragged` of [T, D]; index: `Ragged` of patch indices [T] in 0..num_tokens-1, the same sequences.
+
+    Returns:
+        [S, num_tokens, D].
+
+    Raises:
+        ValueError: tokens and index of different totals, or other shapes and dtypes.
+    """
+    _check_index(index)
+    if tokens.values.dim() != 2 or tokens.values.shape[0] != index.values.shape[0]:
+        raise ValueError(
+            f"tokens must be [T, D] with the T = {index.values.shape[0]} of index, got {list(tokens.values.shape)}"
+        )
+    rows = sequence_ids(index) * num_tokens + index.values
+    flat = scatter_rows_ref(tokens.values, rows, index.num_sequences * num_tokens)
+    return flat.view(index.num_sequences, num_tokens, -1)
+
+
+def assemble_predictor(
+    context: Tensor, mask_token: Tensor, pos_embed: Tensor, source: Tensor, patches: Tensor
+) -> Tensor:
+    """The predictor's input: context tokens and mask tokens, each with its position, in one pass.
+
+    Shapes:
+        context: [Tc, D]; mask_token: [D]; pos_embed: [N, D].
+        source: int [T]; the context token that goes to place t, or -1 for the mask token.
+        patches: int [T] in 0..N-1; the patch of place t.
+
+    Returns:
+        [T, D] in context's dtype.
+
+    Raises:
+        ValueError: shapes other than these.
+    """
+    width = context.shape[-1]
+    if context.dim() != 2 or mask_token.shape != (width,) or pos_embed.dim() != 2 or pos_embed.shape[1] != width:
+        raise ValueError(
+            f"expected context [Tc, D], mask_token [D] and pos_embed [N, D], got {list(context.shape)}, "
+            f"{list(mask_token.shape)} and {list(pos_embed.shape)}"
+        )
+    if source.dim() != 1 or source.shape != patches.shape:
+        raise ValueError(f"source and patches must both be [T], got {list(source.shape)} and {list(patches.shape)}")
+    return assemble_predictor_ref(context, mask_token, pos_embed, source, patches)
+
+
+def _check_index(index: Ragged) -> None:
+    if index.values.dim() != 1 or index.values.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"index must hold int32 or int64 patch indices [T], got {index.values.dtype} {list(index.values.shape)}"
+        )

@@ -1,0 +1,204 @@
+"""`Ragged`: sequences of different lengths, packed back to back with no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Ragged:
+    """S sequences packed back to back, `per_image` of them for each image.
+
+    Shapes:
+        values: [T, ...], any dtype; the tokens (or patch indices) of sequence 0, then 1, ...
+        offsets: int32 [S + 1]; sequence s is `values[offsets[s]:offsets[s + 1]]` (the `cu_seqlens` of flash-attn).
+        per_image: sequences an image has, so S = B * per_image and sequence s belongs to image `s // per_image`.
+        max_length: length of the longest sequence in tokens, a host int. Worked out here where `offsets` lies on
+            the CPU; pass it for offsets on another device, or reading it waits for that device once.
+
+    Raises:
+        ValueError: values and offsets that do not fit together (offsets on the CPU are checked; offsets on another
+            device are checked for shape and dtype only, since reading them would wait for the device).
+
+    >>> r = Ragged(torch.tensor([3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32))
+    >>> r.lengths.tolist(), r.max_length, [t.tolist() for t in r.unbind()]
+    ([2, 1], 2, [[3, 4], [9]])
+    """
+
+    def __init__(self, values: Tensor, offsets: Tensor, per_image: int = 1, *, max_length: int | None = None):
+        self.values, self.offsets, self.per_image = values, offsets, per_image
+        self._max_length = max_length
+        self._check()
+
+    def _check(self) -> None:
+        values, offsets = self.values, self.offsets
+        if values.dim() < 1:
+            raise ValueError(f"Ragged values need a token dimension first: [T, ...], got shape {list(values.shape)}")
+        if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int32:
+            raise ValueError(
+                f"Ragged offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}"
+            )
+        if not isinstance(self.per_image, int) or self.per_image < 1 or self.num_sequences % self.per_image:
+            raise ValueError(
+                f"Ragged holds {self.num_sequences} sequences, which per_image={self.per_image} does not divide"
+            )
+        if offsets.device != values.device:
+            raise ValueError(f"Ragged values are on {values.device} and its offsets on {offsets.device}")
+        if offsets.device.type != "cpu":
+            return
+        lengths = offsets.diff()
+        longest = int(lengths.max()) if len(lengths) else 0
+        if int(offsets[0]) != 0 or (len(lengths) and int(lengths.min()) < 0) or int(offsets[-1]) != len(values):
+            raise ValueError(
+                f"Ragged offsets must start at 0, never fall and end at the {len(values)} tokens of values, "
+                f"got {_shortened(offsets)}"
+            )
+        if self._max_length is None:
+            self._max_length = longest
+        elif self._max_length < longest:
+            raise ValueError(f"Ragged max_length={self._max_length}, but the longest sequence has {longest} tokens")
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest sequence (or a bound given by whoever built this), a host int."""
+        if self._max_length is None:
+            self._max_length = int(self.lengths.max()) if self.num_sequences else 0
+        return self._max_length
+
+    @property
+    def num_sequences(self) -> int:
+        """S, the number of sequences."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [S], the tokens in each sequence."""
+        return self.offsets.diff()
+
+    @property
+    def device(self) -> torch.device:
+        """Where values and offsets lie."""
+        return self.values.device
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __repr__(self) -> str:
+        return (
+            f"Ragged(values={list(self.values.shape)} {self.values.dtype}, num_sequences={self.num_sequences}, "
+            f"per_image={self.per_image}, max_length={self._max_length}, device={self.device})"
+        )
+
+    def with_values(self, values: Tensor, per_image: int | None = None) -> Ragged:
+        """The same sequences holding `values` [T, ...], which may be of any dtype and trailing shape.
+
+        Raises:
+            ValueError: values of another number of tokens.
+        """
+        if values.shape[0] != self.values.shape[0]:
+            raise ValueError(f"these sequences have {len(self.values)} tokens, got values {list(values.shape)}")
+        new = object.__new__(Ragged)
+        new.values, new.offsets, new._max_length = values, self.offsets, self._max_length
+        new.per_image = self.per_image if per_image is None else per_image
+        return new
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
+        """This on `device`; `max_length` goes along, so nothing has to be read back from the device."""
+        new = object.__new__(Ragged)
+        new.values = self.values.to(device, non_blocking=non_blocking)
+        new.offsets = self.offsets.to(device, non_blocking=non_blocking)
+        new.per_image, new._max_length = self.per_image, self.max_length
+        return new
+
+    def pin_memory(self) -> Ragged:
+        """This in page-locked memory (`torch.utils.data.DataLoader(pin_memory=True)` calls it)."""
+        new = self.with_values(self.values.pin_memory())
+        new.offsets = self.offsets.pin_memory()
+        return new
+
+    def unbind(self) -> list[Tensor]:
+        """The sequences as a list of S tensors, views of `values`. Waits for the device."""
+        return list(self.values.split(self.lengths.tolist()))
+
+    @classmethod
+    def from_list(cls, tensors: Sequence[Tensor], per_image: int = 1) -> Ragged:
+        """Pack tensors [L_s, ...] of equal dtype and trailing shape.
+
+        Raises:
+            ValueError: no tensors, or tensors of different trailing shapes.
+        """
+        if not tensors:
+            raise ValueError("Ragged.from_list needs at least one tensor")
+        if any(t.dim() < 1 or t.shape[1:] != tensors[0].shape[1:] for t in tensors):
+            raise ValueError(f"Ragged.from_list needs [L, ...] of one trailing shape, got {[list(t.shape) for t in tensors]}")
+        lengths = [len(t) for t in tensors]
+        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        values = torch.cat(list(tensors))
+        return cls(values, offsets.to(values.device), per_image, max_length=max(lengths))
+
+    @classmethod
+    def from_nested(cls, nested: Tensor, per_image: int = 1) -> Ragged:
+        """From a jagged nested tensor (`torch.nested`, `layout=torch.jagged`), sharing its values.
+
+        Raises:
+            ValueError: a tensor that is not nested with the jagged layout.
+        """
+        if not nested.is_nested or nested.layout != torch.jagged:
+            raise ValueError("Ragged.from_nested needs torch.nested with layout=torch.jagged")
+        return cls(nested.values(), nested.offsets().to(torch.int32), per_image)
+
+    def to_nested(self) -> Tensor:
+        """As a jagged nested tensor [S, *, ...], sharing `values`."""
+        return torch.nested.nested_tensor_from_jagged(self.values, self.offsets.long())
+
+
+def masks_to_ragged(masks: Sequence[Tensor] | Tensor) -> Ragged:
+    """Official masks, a list of integer [B, K], as one `Ragged` in their own mask-major order (sequence k * B + b).
+
+    Raises:
+        ValueError: no masks, or masks that are not integer tensors of one shape [B, K].
+    """
+    masks = [masks] if isinstance(masks, Tensor) else list(masks)
+    if not masks or any(m.dim() != 2 or m.shape != masks[0].shape or m.is_floating_point() for m in masks):
+        raise ValueError(
+            f"masks must be integer tensors of one shape [B, K], got {[(m.dtype, list(m.shape)) for m in masks]}"
+        )
+    batch, length = masks[0].shape
+    offsets = torch.arange(len(masks) * batch + 1, dtype=torch.int32, device=masks[0].device) * length
+    return Ragged(torch.cat(masks).view(-1), offsets, max_length=length)
+
+
+def sequence_ids(index: Ragged) -> Tensor:
+    """int64 [T]: the sequence that each token belongs to."""
+    ids = torch.arange(index.num_sequences, device=index.device)
+    return ids.repeat_interleave(index.lengths, output_size=index.values.shape[0])
+
+
+def image_rows(index: Ragged, num_images: int, num_patches: int) -> Tensor:
+    """int64 [T]: where each masked patch lies in `features.view(B * N, D)`.
+
+    Sequence s belongs to image `(s // per_image) % num_images`; the remainder lets the mask-major order of the
+    official lists (all images under mask 0, then all under mask 1) share this with the image-major order of `Ragged`.
+
+    Raises:
+        ValueError: a number of sequences that is not a multiple of the images', or (checked on the CPU) a patch
+            outside 0..N-1.
+    """
+    if index.num_sequences % (num_images * index.per_image):
+        raise ValueError(
+            f"masks of {index.num_sequences} sequences, {index.per_image} an image, do not fit {num_images} images"
+        )
+    patches = index.values
+    if patches.device.type == "cpu" and len(patches):
+        low, high = (int(v) for v in patches.aminmax())
+        if low < 0 or high >= num_patches:
+            raise ValueError(f"masks name patches {low}..{high}, but an image has patches 0..{num_patches - 1}")
+    image = torch.arange(index.num_sequences, device=index.device) // index.per_image % num_images
+    return (image * num_patches).repeat_interleave(index.lengths, output_size=len(patches)) + patches
+
+
+def _shortened(offsets: Tensor) -> str:
+    listed = offsets[:8].tolist()
+    return f"{listed}" if len(offsets) <= 8 else f"{listed[:-1]}... of {len(offsets)}, the last {int(offsets[-1])}"
