@@ -1,0 +1,1 @@
+"""The benchmark suite: what a step costs, and what it costs elsewhere."""

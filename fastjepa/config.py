@@ -1,0 +1,291 @@
+"""The configuration of a run: one frozen tree, read from the official YAML files and ours."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and how a training crop is made of one. root_path/image_folder is searched for pictures, its `train`
+    folder where there is one (the official ImageNet layout)."""
+
+    root_path: str
+    image_folder: str = ""
+    batch_size: int = 128  # images on each GPU
+    crop_size: int = 224  # pixels
+    crop_scale: Pair = (0.3, 1.0)  # fraction of the picture's area
+    use_horizontal_flip: bool = False
+    use_color_distortion: bool = False
+    color_jitter_strength: float = 0.0
+    use_gaussian_blur: bool = False
+    num_workers: int = 10
+    pin_mem: bool = True
+    max_corrupt: float = 0.01  # fraction of unreadable images that is still skipped (a few in a small folder always are)
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """The blocks of `fastjepa.MaskCollator`; `ragged` keeps every patch of them instead of cutting to the shortest."""
+
+    patch_size: int = 16
+    num_enc_masks: int = 1
+    num_pred_masks: int = 4
+    enc_mask_scale: Pair = (0.85, 1.0)
+    pred_mask_scale: Pair = (0.15, 0.2)
+    aspect_ratio: Pair = (0.75, 1.5)
+    min_keep: int = 10
+    allow_overlap: bool = False
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """The models. embed_dim, depth and num_heads replace those of model_name where given."""
+
+    model_name: str = "vit_huge"
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    pred_depth: int = 12
+    pred_emb_dim: int = 384
+    use_bfloat16: bool = True
+    load_checkpoint: bool = False  # resume from read_checkpoint, or from the folder's latest
+    read_checkpoint: str | None = None  # a file, relative to logging.folder
+    copy_data: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """AdamW and its schedules; ema is the momentum of the target encoder at the start and at the end."""
+
+    epochs: int = 300
+    lr: float = 1e-3
+    start_lr: float = 2e-4
+    final_lr: float = 1e-6
+    warmup: float = 40  # epochs
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    ema: Pair = (0.996, 1.0)
+    ipe_scale: float = 1.0  # stretches every schedule
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where the run writes, and what watches it."""
+
+    folder: str
+    write_tag: str = "jepa"
+    every: int = 10  # steps between readings of the loss from the device
+    watch_every: int = 100  # steps between looks at the target features for collapse
+    tensorboard: bool = False
+    wandb: str | None = None  # project name
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the run is run; none of it changes the numbers but `seed`."""
+
+    device: str = "auto"
+    seed: int = 0
+    save_every: int = 1000  # steps; a checkpoint is also saved at the end of each epoch
+    keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
+    stop_after: int | None = None  # stop, resumable, once this many steps are done in all
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Sections `data`, `mask`, `meta`, `optimization`, `logging` are the official ones; `runtime` is ours."""
+
+    data: DataConfig
+    logging: LoggingConfig
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dicts of plain values, as YAML and checkpoints hold them."""
+        return {
+            section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            for section, values in asdict(self).items()
+        }
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, official or ours, and put `section.key=value` overrides on top.
+
+    `path` may also be the name of a shipped configuration, such as `in1k_vith14_ep300`.
+
+    Raises:
+        ValueError: a file that is not there or is no YAML, an unknown key (the nearest is suggested), a wrong type, or a
+            missing key; names the key or the file.
+    """
+    path = _find(Path(path))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}{place}: not valid YAML: {problem}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a configuration has sections {', '.join(SECTIONS)}, this file holds {_kind(tree)}")
+    for item in overrides:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Nested dicts, as YAML gives them, as a checked `Config`.
+
+    Raises:
+        ValueError: as `load_config`; `source` is named in it.
+    """
+    for section in tree:
+        if section not in SECTIONS:
+            raise ValueError(f"{source}: unknown section {section!r}{_nearest(str(section), list(SECTIONS))}")
+    built = {}
+    for section, kind in SECTIONS.items():
+        values = tree.get(section)
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{source}: section {section} must hold keys and values, not {_kind(values)}")
+        built[section] = _section(section, kind, values, source)
+    config = Config(**built)
+    _check(config, source)
+    return config
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the configurations that come with the package."""
+    return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+SECTIONS: dict[str, type] = {name: kind for name, kind in typing.get_type_hints(Config).items() if is_dataclass(kind)}
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.name == str(path) and path.stem in shipped:
+        return shipped[path.stem]
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a configuration is a YAML file")
+    raise ValueError(f"{path}: no such configuration file; shipped ones are {', '.join(shipped)}")
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    name, equals, text = item.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot or not key:
+        raise ValueError(f"cannot read {item!r}; an override is section.key=value, such as data.batch_size=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value of {item!r} as YAML") from error
+    if tree.get(section) is None:
+        tree[section] = {}
+    if not isinstance(tree[section], dict):
+        raise ValueError(f"section {section} must hold keys and values, not {_kind(tree[section])}")
+    tree[section][key] = value
+
+
+def _section(section: str, kind: type, values: Mapping[str, Any], source: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            elsewhere = [f"{s}.{key}" for s, k in SECTIONS.items() if key in {f.name for f in fields(k)}]
+            near = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(str(key), list(hints))
+            raise ValueError(f"{source}: unknown key {section}.{key}{near}")
+    missing = [f.name for f in fields(kind) if f.name not in values and not _has_default(f)]
+    if missing:
+        raise ValueError(f"{source}: {section}.{missing[0]} is missing")
+    return kind(**{key: _coerce(value, hints[key], f"{source}: {section}.{key}") for key, value in values.items()})
+
+
+def _has_default(f: Any) -> bool:
+    return f.default is not f.default_factory  # both are MISSING where there is none
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in options:
+        return None
+    kind = next(o for o in options if o is not types.NoneType)
+    if kind == Pair:
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+            first, second = (_coerce(v, float, name) for v in value)
+            return first, second
+        raise ValueError(f"{name} must be two numbers, such as [0.3, 1.0], got {value!r}")
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} must be {WORDS[kind]}, got {value!r}")
+    if kind is float and value != value:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _check(config: Config, source: str) -> None:
+    """Ranges that a single value shows to be wrong; masks and images are checked where they are made."""
+    data, optimization, runtime = config.data, config.optimization, config.runtime
+    low, high = data.crop_scale
+    wrong = {
+        "data.batch_size must be at least 1": data.batch_size < 1,
+        "data.num_workers must be at least 0": data.num_workers < 0,
+        "data.crop_size must be at least 1": data.crop_size < 1,
+        "data.crop_scale must be two numbers, 0 < smallest <= largest <= 1": not 0 < low <= high <= 1,
+        "meta.copy_data is not supported; copy the pictures first and name the copy in data.root_path": (
+            config.meta.copy_data
+        ),
+        f"mask.patch_size={config.mask.patch_size} does not divide data.crop_size={data.crop_size}": (
+            config.mask.patch_size < 1 or data.crop_size % config.mask.patch_size > 0
+        ),
+        "meta.pred_depth must be at least 1": config.meta.pred_depth < 1,
+        "optimization.epochs must be at least 1": optimization.epochs < 1,
+        "optimization.warmup must be at least 0": optimization.warmup < 0,
+        "optimization.ipe_scale must be above 0": optimization.ipe_scale <= 0,
+        "optimization.ema must be two numbers in 0..1": not all(0 <= m <= 1 for m in optimization.ema),
+        "logging.every and logging.watch_every must be at least 1": min(config.logging.every, config.logging.watch_every)
+        < 1,
+        "runtime.save_every and runtime.keep must be at least 1": min(runtime.save_every, runtime.keep) < 1,
+        "runtime.seed must be at least 0": runtime.seed < 0,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f"{source}: {message}")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}" if len(known) < 20 else ""
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)

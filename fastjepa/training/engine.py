@@ -1,0 +1,276 @@
+"""The training loop: what a step does, and what happens around it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from fastjepa.config import Config
+from fastjepa.data import Augment, Batch, TrainingBatches, find_images
+from fastjepa.data.batches import Unreadable
+from fastjepa.flops import peak_flops
+from fastjepa.masks import MaskCollator
+from fastjepa.objective import IJEPA
+from fastjepa.schedules import Schedules
+from fastjepa.training.log import RunLog
+from fastjepa.training.models import build_models, build_optimizer, step_flops
+from fastjepa.training.resume import Checkpoints, restore, run_state
+from fastjepa.training.watch import CollapseWatch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which every config is normalised with
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to: steps done in all, the last loss, the newest checkpoint, the model, and the rows it logged."""
+
+    steps: int
+    loss: float
+    checkpoint: Path
+    model: IJEPA
+    rows: list[dict[str, float]]
+
+
+class Trainer:
+    """A run between two steps: models, optimizer, schedules and the number of steps done."""
+
+    def __init__(self, config: Config, steps_per_epoch: int):
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self.device = pick_device(config.runtime.device)
+        seed_everything(config.runtime.seed)
+        self.model = build_models(config).to(self.device)
+        self.optimizer = build_optimizer(self.model)
+        self.schedules = Schedules(config.optimization, steps_per_epoch)
+        self.step = 0
+        self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(STD, device=self.device).view(3, 1, 1)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] as the floating images that the models take."""
+        return (images.float() / 255 - self._mean) / self._std
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One step on a batch that is on the device; (loss, target features), nothing read back."""
+        lr, weight_decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            if not group.get("WD_exclude"):
+                group["weight_decay"] = weight_decay
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
+            loss, features = self.model(self.normalise(batch.images), batch.masks_enc, batch.masks_pred)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_target(self.schedules.momentum(self.step))
+        self.step += 1
+        return loss.detach(), features
+
+    def state(self, loss: float) -> dict:
+        """What a checkpoint of this moment holds."""
+        return run_state(self.config, self.model, self.optimizer, self.step, self.steps_per_epoch, loss)
+
+
+@dataclass
+class Meter:
+    """The rows of the steps since the device was last asked, their losses still on the device."""
+
+    trainer: Trainer
+    watch: CollapseWatch = field(default_factory=CollapseWatch)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    look: Tensor | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.flops = step_flops(self.trainer.model)
+        self.peak = peak_flops(self.trainer.device)
+
+    def add(self, batch: Batch, loss: Tensor, features: Tensor) -> None:
+        """Note the step that was just taken on `batch` (the one on the CPU)."""
+        step, schedules = self.trainer.step - 1, self.trainer.schedules
+        epoch, itr = divmod(step, self.trainer.steps_per_epoch)
+        per_context, per_target = _mean_length(batch.masks_enc), _mean_length(batch.masks_pred)
+        row = {"epoch": epoch + 1, "itr": itr, "step": step, "mask-A": per_context, "mask-B": per_target}
+        row |= {"lr": schedules.lr(step), "weight_decay": schedules.weight_decay(step)}
+        row |= {"momentum": schedules.momentum(step), "context tokens": batch.context_tokens}
+        row["flops"] = self.flops(len(batch.images), batch.masks_enc, batch.masks_pred) if self.peak else 0.0
+        self.rows.append(row)
+        self.losses.append(loss)
+        if step % self.trainer.config.logging.watch_every == 0:
+            self.look = self.watch.look(features)
+
+    def read(self, batch_size: int) -> tuple[list[dict[str, float]], str | None]:
+        """Read the losses back, once for all steps since the last time: (their rows, a warning or None)."""
+        losses = torch.stack(self.losses).tolist()
+        now = time.perf_counter()
+        seconds, self.began = (now - self.began) / len(losses), now
+        rows, warning = self.rows, None
+        for row, loss in zip(rows, losses, strict=True):
+            row |= {"loss": loss, "time (ms)": 1000 * seconds, "images/s": batch_size / seconds}
+            flops = row.pop("flops")
+            if self.peak:
+                row["mfu"] = flops / seconds / self.peak
+        if self.look is not None:
+            rank, spread = self.look.tolist()
+            rows[-1] |= {"rankme": rank, "feature std": spread}
+            warning = self.watch.judge(rank, spread)
+        self.rows, self.losses, self.look = [], [], None
+        return rows, warning
+
+
+def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> TrainResult:
+    """Train as `config` says, from the start or from a checkpoint, to the end or to runtime.stop_after.
+
+    `on_step` is called with the trainer after each step. Ctrl-C saves a checkpoint and ends the run as if it was asked to
+    stop there.
+
+    Raises:
+        ValueError: a configuration, picture folder or checkpoint that will not do; says what would.
+        OSError: the run's folder or its last checkpoint cannot be written.
+        FloatingPointError: the loss is no longer finite; names the last checkpoint.
+    """
+    batches, unreadable = prepare_data(config)
+    checkpoints = Checkpoints(config)
+    trainer = Trainer(config, batches.steps_per_epoch)
+    source = checkpoints.source()
+    if source is not None:
+        trainer.step = restore(source, config, trainer.model, trainer.optimizer, batches.steps_per_epoch)
+    total = config.optimization.epochs * batches.steps_per_epoch
+    end = min(total, config.runtime.stop_after or total)
+    write_parameters(config)
+    log, meter, rows = RunLog(config, trainer.step, total), Meter(trainer), []
+    log.say(opening(config, trainer, batches, source, end))
+    saved = trainer.step if source is not None else -1
+    every, save_every = config.logging.every, config.runtime.save_every
+    pin = config.data.pin_mem and trainer.device.type == "cuda"
+    try:
+        for batch in batches.loader(trainer.step, end, config.data.num_workers, pin):
+            for line in unreadable.add(batch):
+                log.say(f"skipped a picture that cannot be read, the {len(unreadable.files)}th: {line}")
+            loss, features = trainer.train_step(batch.to(trainer.device))
+            meter.add(batch, loss, features)
+            epoch_ends = trainer.step % batches.steps_per_epoch == 0
+            saves = epoch_ends or trainer.step % save_every == 0 or trainer.step == end
+            if saves or trainer.step % every == 0:
+                rows += report(log, meter, checkpoints, config.data.batch_size)
+            if saves:
+                saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=trainer.step == end)
+            if on_step is not None:
+                on_step(trainer)
+    except KeyboardInterrupt:
+        log.say(f"stopped at step {trainer.step}; saving")
+        if trainer.step != saved:
+            save(log, trainer, checkpoints, rows[-1]["loss"] if rows else float("nan"), must=True)
+    finally:
+        log.close()
+    return TrainResult(trainer.step, rows[-1]["loss"] if rows else float("nan"), checkpoints.latest, trainer.model, rows)
+
+
+def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
+    """The batches of a run and the count of its unreadable pictures."""
+    mask, data = config.mask, config.data
+    collator = MaskCollator(
+        (data.crop_size, data.crop_size),
+        mask.patch_size,
+        mask.enc_mask_scale,
+        mask.pred_mask_scale,
+        mask.aspect_ratio,
+        mask.num_enc_masks,
+        mask.num_pred_masks,
+        mask.min_keep,
+        mask.allow_overlap,
+        mask.ragged,
+    )
+    folder = find_images(data.root_path, data.image_folder)
+    batches = TrainingBatches(folder, Augment.from_config(data), collator, data.batch_size, config.runtime.seed)
+    return batches, Unreadable(folder, data.max_corrupt)
+
+
+def report(log: RunLog, meter: Meter, checkpoints: Checkpoints, batch_size: int) -> list[dict[str, float]]:
+    """Read the steps since the last report and log them; a loss that is not finite ends the run."""
+    rows, warning = meter.read(batch_size)
+    log.rows(rows)
+    if warning:
+        log.say(f"warning: {warning}")
+    bad = next((row for row in rows if not np.isfinite(row["loss"])), None)
+    if bad is not None:
+        last = f"the last checkpoint is {checkpoints.latest}" if checkpoints.latest.exists() else "none was saved"
+        raise FloatingPointError(f"the loss is {bad['loss']} at step {bad['step']}; {last}")
+    return rows
+
+
+def save(log: RunLog, trainer: Trainer, checkpoints: Checkpoints, loss: float, must: bool) -> int:
+    """Write a checkpoint and return its step; a failure is said and, unless `must`, training goes on."""
+    epochs, rest = divmod(trainer.step, trainer.steps_per_epoch)
+    try:
+        checkpoints.save(trainer.state(loss), trainer.step, epochs if rest == 0 else None)
+    except OSError as error:
+        kept = f"{checkpoints.latest} is as it was" if checkpoints.latest.exists() else "there is none yet"
+        message = f"no checkpoint at step {trainer.step}: {error.strerror or error} ({checkpoints.folder}); {kept}"
+        if must:
+            raise OSError(message) from error
+        log.say(f"warning: {message}")
+    return trainer.step
+
+
+def write_parameters(config: Config) -> None:
+    """Make the run's folder and put the configuration in it, as the published code does.
+
+    Raises:
+        ValueError: the folder cannot be made or written.
+    """
+    folder = Path(config.logging.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "params-ijepa.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"logging.folder: cannot write to {folder}: {error.strerror}") from error
+
+
+def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: Path | None, end: int) -> str:
+    """What a run says before its first step."""
+    count = sum(p.numel() for p in trainer.model.encoder.parameters())
+    masks = "ragged" if config.mask.ragged else "cut to the shortest"
+    start = "from the start" if source is None else f"from {source} at step {trainer.step}"
+    return (
+        f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, {len(batches.folder)} pictures in "
+        f"{batches.folder.root}, {batches.steps_per_epoch} steps an epoch, masks {masks}; {start} to step {end}"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `runtime.device`; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: a device that this machine or torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"runtime.device: {name!r} cannot be used here ({reason}); auto picks one") from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global generator, for whoever uses it)
+    torch.manual_seed(seed)
+
+
+def _mean_length(masks) -> float:
+    if isinstance(masks, list):
+        return float(masks[0].shape[1])
+    return len(masks.values) / max(1, masks.num_sequences)

@@ -1,0 +1,89 @@
+"""Models and optimizer of a configuration."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastjepa import nn as models
+from fastjepa.config import Config
+from fastjepa.flops import StepFlops, Tower
+from fastjepa.nn.init import init_weights
+from fastjepa.objective import IJEPA
+
+ENCODERS = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
+
+
+def build_models(config: Config) -> IJEPA:
+    """Encoder, predictor and target encoder of a run, initialised as the published training code does.
+
+    That code draws every linear weight anew after the models are made, so the residual branches keep deviation 0.02.
+
+    Raises:
+        ValueError: an unknown model, or sizes that do not go together; names the key.
+    """
+    meta, data, mask = config.meta, config.data, config.mask
+    if meta.model_name not in ENCODERS:
+        near = difflib.get_close_matches(meta.model_name, ENCODERS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENCODERS)}"
+        raise ValueError(f"meta.model_name: unknown model {meta.model_name!r}; {hint}")
+    sizes = {key: getattr(meta, key) for key in ("embed_dim", "depth", "num_heads") if getattr(meta, key) is not None}
+    try:
+        encoder = getattr(models, meta.model_name)(
+            patch_size=mask.patch_size, img_size=[data.crop_size], **sizes
+        )
+        predictor = models.vit_predictor(
+            num_patches=encoder.patch_embed.num_patches,
+            embed_dim=encoder.embed_dim,
+            predictor_embed_dim=meta.pred_emb_dim,
+            depth=meta.pred_depth,
+            num_heads=encoder.num_heads,
+        )
+    except ValueError as error:
+        raise ValueError(f"section meta: {error}") from None
+    for model in (encoder, predictor):
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                init_weights(module)
+    return IJEPA(encoder, predictor)
+
+
+def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str, Any]]:
+    """The four official groups: weights of encoder and predictor, then their biases and 1-d parameters, not decayed.
+
+    Positions and other parameters that take no gradient are in their places too, so that optimizer states are
+    interchangeable with the official checkpoints'.
+    """
+
+    def bare(name: str, parameter: nn.Parameter) -> bool:
+        return "bias" in name or parameter.dim() == 1
+
+    named = [list(model.named_parameters()) for model in (encoder, predictor)]
+    decayed = [{"params": [p for n, p in pairs if not bare(n, p)]} for pairs in named]
+    plain = [
+        {"params": [p for n, p in pairs if bare(n, p)], "WD_exclude": True, "weight_decay": 0} for pairs in named
+    ]
+    return decayed + plain
+
+
+def build_optimizer(model: IJEPA) -> torch.optim.Optimizer:
+    """AdamW over the official groups, one fused kernel a step."""
+    return torch.optim.AdamW(parameter_groups(model.encoder, model.predictor), fused=True)
+
+
+def step_flops(model: IJEPA) -> StepFlops:
+    """The FLOP count of this model's training step."""
+    encoder, predictor = model.encoder, model.predictor
+
+    def tower(blocks: nn.ModuleList, width: int) -> Tower:
+        return Tower(width, len(blocks), blocks[0].mlp.fc1.out_features / width if len(blocks) else 4.0)
+
+    return StepFlops(
+        tower(encoder.blocks, encoder.embed_dim),
+        tower(predictor.predictor_blocks, predictor.predictor_embed.out_features),
+        encoder.patch_embed.proj.weight[0].numel(),
+        encoder.patch_embed.num_patches,
+    )
