@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read as one ({reason[:160]})") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {path}: not a PyTorch checkpoint, or one that needs code to be run, which is never done"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"checkpoint {path} is damaged or no PyTorch checkpoint ({reason[:160]})") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, not a dict with {', '.join(MODELS)}")
     missing = [name for name in (*MODELS, "epoch") if name not in state]
@@ -54,16 +57,18 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     own = model.state_dict()
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or unknown:
-        parts = [f"lacks {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else f"lacks {missing[0]}"] * bool(
-            missing
-        ) + [f"has {unknown[0]} and {len(unknown) - 1} more" if len(unknown) > 1 else f"has {unknown[0]}"] * bool(unknown)
-        raise ValueError(f"{what} is of another model: it {' and '.join(parts)}, which this model does not expect")
+        differs = [f"{word} {keys[0]}{_more(keys)}" for word, keys in (("lacks", missing), ("has", unknown)) if keys]
+        raise ValueError(f"{what} is of another model: beside the one built here it {' and '.join(differs)}")
     for key, tensor in own.items():
         if tensor.shape != state[key].shape:
             raise ValueError(
                 f"{what} is of another model: {key} is {list(state[key].shape)} there and {list(tensor.shape)} here"
             )
     model.load_state_dict(state)
+
+
+def _more(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
 
 
 def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:

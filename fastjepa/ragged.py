@@ -190,13 +190,22 @@ def image_rows(index: Ragged, num_images: int, num_patches: int) -> Tensor:
         raise ValueError(
             f"masks of {index.num_sequences} sequences, {index.per_image} an image, do not fit {num_images} images"
         )
+    check_patches(index, num_patches)
     patches = index.values
-    if patches.device.type == "cpu" and len(patches):
-        low, high = (int(v) for v in patches.aminmax())
-        if low < 0 or high >= num_patches:
-            raise ValueError(f"masks name patches {low}..{high}, but an image has patches 0..{num_patches - 1}")
     image = torch.arange(index.num_sequences, device=index.device) // index.per_image % num_images
     return (image * num_patches).repeat_interleave(index.lengths, output_size=len(patches)) + patches
+
+
+def check_patches(index: Ragged, num_patches: int) -> None:
+    """Look at patch indices that lie on the CPU; those on a device are not read back.
+
+    Raises:
+        ValueError: a patch outside 0..num_patches-1.
+    """
+    if index.device.type == "cpu" and len(index.values):
+        low, high = (int(v) for v in index.values.aminmax())
+        if low < 0 or high >= num_patches:
+            raise ValueError(f"masks name patches {low}..{high}, but there are patches 0..{num_patches - 1}")
 
 
 def _shortened(offsets: Tensor) -> str:

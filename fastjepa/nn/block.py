@@ -35,21 +35,23 @@ class DropPath(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Shapes: x [T, D], offsets int32 [S + 1] -> [T, D], zero for the sequences that were dropped."""
+    def forward(self, x: Tensor, offsets: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Shapes: x [T, D] (or [M, D], the tokens `keep` of T), offsets int32 [S + 1] -> x, zero where it was dropped."""
         if not self.training or self.probability == 0.0:
             return x
-        keep = 1.0 - self.probability
-        kept = torch.empty(offsets.shape[0] - 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
-        if keep > 0.0:
-            kept = kept / keep
-        return x * kept.repeat_interleave(offsets.diff(), dim=0, output_size=x.shape[0])
+        stays = 1.0 - self.probability
+        factor = torch.empty(offsets.shape[0] - 1, 1, dtype=x.dtype, device=x.device).bernoulli_(stays)
+        if stays > 0.0:
+            factor = factor / stays
+        tokens = torch.arange(x.shape[0], device=x.device) if keep is None else keep
+        return x * factor.index_select(0, torch.bucketize(tokens, offsets[1:], right=True))
 
 
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), over packed sequences.
 
-    Shapes: x [T, D], offsets int32 [S + 1], max_length a host int -> [T, D].
+    Shapes: x [T, D], offsets int32 [S + 1], max_length a host int, keep int64 [M] -> [T, D], or with `keep` [M, D]: the
+    output of those tokens alone (all tokens are attended to, but only these are projected and go through the MLP).
     """
 
     def __init__(
@@ -71,7 +73,10 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
         """Apply the block to every sequence on its own."""
-        x = x + self.drop_path(self.attn(self.norm1(x), offsets, max_length), offsets)
-        return x + self.drop_path(self.mlp(self.norm2(x)), offsets)
+        attended = self.attn(self.norm1(x), offsets, max_length, keep)
+        if keep is not None:
+            x = x.index_select(0, keep)
+        x = x + self.drop_path(attended, offsets, keep)
+        return x + self.drop_path(self.mlp(self.norm2(x)), offsets, keep)

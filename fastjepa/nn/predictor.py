@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from fastjepa.nn.block import Block
 from fastjepa.nn.init import LAYER_NORM, init_weights, rescale_residuals
 from fastjepa.nn.position import sincos_positions
 from fastjepa.pairing import Pairing, PredictorLayout
-from fastjepa.ragged import Ragged, masks_to_ragged
+from fastjepa.ragged import Ragged, check_patches, masks_to_ragged
 
 
 class VisionTransformerPredictor(nn.Module):
@@ -56,6 +55,8 @@ class VisionTransformerPredictor(nn.Module):
         grid_size: tuple[int, int] | None = None,
     ):
         super().__init__()
+        if depth < 1:
+            raise ValueError(f"the predictor needs at least one layer, got depth={depth}")
         side = math.isqrt(num_patches)
         grid = grid_size or (side, side)
         if grid[0] * grid[1] != num_patches:
@@ -64,7 +65,7 @@ class VisionTransformerPredictor(nn.Module):
         self.predictor_embed = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # later layers drop more
         self.predictor_blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, rate, norm_layer)
             for rate in rates
@@ -98,6 +99,8 @@ class VisionTransformerPredictor(nn.Module):
                 raise ValueError(f"masks_enc holds {batch} images and masks_pred {targets.num_sequences // npred}")
             pairing = Pairing.mask_major(nenc, npred, batch, index.device)
             values = context.flatten(0, 1)
+        for masks in (index, targets):
+            check_patches(masks, self.predictor_pos_embed.shape[1])
         if len(values) != len(index.values):
             raise ValueError(f"context has {len(values)} tokens, but masks_enc names {len(index.values)} patches")
         predicted = self._predict(values, PredictorLayout.build(index, targets, pairing))
@@ -111,9 +114,10 @@ class VisionTransformerPredictor(nn.Module):
             layout.source,
             layout.patches,
         )
-        for block in self.predictor_blocks:
-            x = block(x, layout.offsets, layout.max_length)
-        x = x.index_select(0, layout.picked)  # the mask tokens alone
+        last = len(self.predictor_blocks) - 1
+        for depth, block in enumerate(self.predictor_blocks):
+            # Nothing reads the context's output, so the last block makes that of the mask tokens alone.
+            x = block(x, layout.offsets, layout.max_length, keep=layout.picked if depth == last else None)
         return layout.targets.with_values(self.predictor_proj(self.predictor_norm(x)))
 
 

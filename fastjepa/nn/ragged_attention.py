@@ -10,7 +10,8 @@ from fastjepa import ops
 class RaggedAttention(nn.Module):
     """Self-attention within each packed sequence; parameters named and shaped as the official `Attention`.
 
-    Shapes: x [T, D], offsets int32 [S + 1], max_length a host int -> [T, D].
+    Shapes: x [T, D], offsets int32 [S + 1], max_length a host int, keep int64 [M] -> [T, D], or with `keep` [M, D]: the
+    output of those tokens alone.
 
     Raises:
         ValueError: a width that the heads do not divide.
@@ -35,9 +36,10 @@ class RaggedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
         """Attend within each sequence."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
         dropout = self.attn_drop if self.training else 0.0
         y = ops.ragged_attention(qkv, offsets, max_length, self.scale, dropout)
-        return self.proj_drop(self.proj(y.flatten(1)))
+        y = y.flatten(1)
+        return self.proj_drop(self.proj(y if keep is None else y.index_select(0, keep)))

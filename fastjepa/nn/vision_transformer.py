@@ -65,7 +65,7 @@ class VisionTransformer(nn.Module):
         sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
         self.patch_embed = PatchEmbed((sizes[0], sizes[-1]), patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.patch_embed.grid_size), requires_grad=False)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # later layers drop more
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, rate, norm_layer)
             for rate in rates

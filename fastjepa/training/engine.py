@@ -177,18 +177,21 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
 def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
     """The batches of a run and the count of its unreadable pictures."""
     mask, data = config.mask, config.data
-    collator = MaskCollator(
-        (data.crop_size, data.crop_size),
-        mask.patch_size,
-        mask.enc_mask_scale,
-        mask.pred_mask_scale,
-        mask.aspect_ratio,
-        mask.num_enc_masks,
-        mask.num_pred_masks,
-        mask.min_keep,
-        mask.allow_overlap,
-        mask.ragged,
-    )
+    try:
+        collator = MaskCollator(
+            (data.crop_size, data.crop_size),
+            mask.patch_size,
+            mask.enc_mask_scale,
+            mask.pred_mask_scale,
+            mask.aspect_ratio,
+            mask.num_enc_masks,
+            mask.num_pred_masks,
+            mask.min_keep,
+            mask.allow_overlap,
+            mask.ragged,
+        )
+    except ValueError as error:
+        raise ValueError(f"section mask: {error}") from None
     folder = find_images(data.root_path, data.image_folder)
     batches = TrainingBatches(folder, Augment.from_config(data), collator, data.batch_size, config.runtime.seed)
     return batches, Unreadable(folder, data.max_corrupt)
