@@ -92,7 +92,13 @@ class TrainingBatches(Dataset):
     def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
         """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""
         loader = DataLoader(
-            self, batch_size=None, sampler=range(start, end), num_workers=workers, pin_memory=pin, collate_fn=_whole
+            self,
+            batch_size=None,
+            sampler=range(start, end),
+            num_workers=workers,
+            pin_memory=pin,
+            collate_fn=_whole,
+            generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
         return iter(loader)
 

@@ -1,0 +1,247 @@
+"""Training: exact resume, what is written, what a step costs in waiting, and what ends a run."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+
+import fastjepa
+from fastjepa import read_checkpoint
+from fastjepa.training import build_models, engine, parameter_groups, train
+from fastjepa.training.log import COLUMNS, OURS
+from tests.helpers import make_pictures, tiny_config
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask": {"ragged": True}}, {"meta": {"use_bfloat16": True}}])
+@pytest.mark.parametrize("stop", [5, 6])  # in the middle of an epoch and at its end
+def test_resume_is_exact(pictures, tmp_path, changes, stop):
+    def run(name, **runtime):
+        resumes = {"meta": changes.get("meta", {}) | runtime.pop("meta", {})}
+        settings = {"progress": False, "save_every": 5, "device": "cpu", **runtime}
+        return train(tiny_config(pictures, tmp_path / name, **{**changes, **resumes}, runtime=settings))
+
+    whole = run("whole", stop_after=10)
+    run("parts", stop_after=stop)
+    torch.rand(7)  # what happens in between must not matter
+    parts = run("parts", stop_after=10, meta={"load_checkpoint": True})
+    ours, theirs = read_checkpoint(whole.checkpoint), read_checkpoint(parts.checkpoint)
+    for state in (ours, theirs):
+        state["fastjepa"].pop("config")
+    assert equal(ours, theirs)
+    assert ours["fastjepa"]["step"] == 10
+    logged = [list(csv.DictReader(open(tmp_path / name / "jepa_r0.csv"))) for name in ("whole", "parts")]
+    assert [r["loss"] for r in logged[0]] == [r["loss"] for r in logged[1]]
+    assert [int(r["step"]) for r in logged[1]] == list(range(10))
+
+
+def test_rows_logged_past_the_checkpoint_are_dropped(pictures, tmp_path):
+    settings = {"progress": False, "device": "cpu", "save_every": 4}
+    train(tiny_config(pictures, tmp_path, runtime={**settings, "stop_after": 7}))
+    (tmp_path / "jepa-latest.pth.tar").unlink()
+    (tmp_path / "jepa-step00000004.pth.tar").exists()
+    meta = {"load_checkpoint": True, "read_checkpoint": "jepa-step00000006.pth.tar"}
+    train(tiny_config(pictures, tmp_path, meta=meta, runtime={**settings, "stop_after": 9}))
+    rows = list(csv.DictReader(open(tmp_path / "jepa_r0.csv")))
+    assert [int(r["step"]) for r in rows] == list(range(9))
+
+
+def test_what_is_written(pictures, tmp_path):
+    result = train(tiny_config(pictures, tmp_path, optimization={"epochs": 3, "warmup": 1}))
+    assert result.steps == 18
+    with open(tmp_path / "jepa_r0.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS + OURS
+    assert [(r["epoch"], r["itr"]) for r in rows[5:8]] == [("1", "5"), ("2", "0"), ("2", "1")]
+    assert all(math.isfinite(float(r["loss"])) and float(r["time (ms)"]) >= 0 for r in rows)
+    assert any(r["rankme"] for r in rows)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"jepa-latest.pth.tar", "params-ijepa.yaml", "jepa_r0.csv"} <= names
+    assert {n for n in names if "-step" in n} == {"jepa-step00000015.pth.tar", "jepa-step00000018.pth.tar"}
+    state = read_checkpoint(tmp_path / "jepa-latest.pth.tar")
+    assert (state["epoch"], state["batch_size"], state["world_size"], state["lr"]) == (3, 4, 1, 1e-3)
+    assert set(state) >= {"encoder", "predictor", "target_encoder", "opt", "scaler", "epoch", "loss"}
+    raw = torch.load(tmp_path / "jepa-latest.pth.tar", weights_only=True)
+    assert all(key.startswith("module.") for key in raw["encoder"])  # as the official loader expects
+
+
+def test_every_fiftieth_epoch_is_kept(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path, data={"batch_size": 24}, optimization={"epochs": 51, "warmup": 1})
+    train(config)
+    kept = read_checkpoint(tmp_path / "jepa-ep50.pth.tar")
+    assert kept["epoch"] == 50
+
+
+def test_loss_falls(pictures, tmp_path):
+    rows = train(tiny_config(pictures, tmp_path, optimization={"epochs": 10, "warmup": 1})).rows
+    assert sum(r["loss"] for r in rows[-6:]) < 0.8 * sum(r["loss"] for r in rows[:6])
+
+
+def test_official_checkpoint_goes_on(pictures, tmp_path):
+    run = train(tiny_config(pictures, tmp_path, runtime={"stop_after": 6, "progress": False, "device": "cpu"}))
+    state = torch.load(run.checkpoint, weights_only=True)
+    del state["fastjepa"]  # what is left is the official layout
+    torch.save(state, tmp_path / "official.pth.tar")
+    meta = {"load_checkpoint": True, "read_checkpoint": "official.pth.tar"}
+    result = train(tiny_config(pictures, tmp_path, meta=meta))
+    assert result.steps == 12
+    assert result.rows[0]["step"] == 6
+
+
+def test_refuses_to_write_over_a_run(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path, runtime={"stop_after": 1, "progress": False, "device": "cpu"})
+    train(config)
+    with pytest.raises(ValueError, match="holds a run already: meta.load_checkpoint=true resumes it"):
+        train(config)
+
+
+def test_resume_refuses_other_runs(pictures, tmp_path):
+    train(tiny_config(pictures, tmp_path, runtime={"stop_after": 2, "progress": False, "device": "cpu"}))
+    resume = {"load_checkpoint": True}
+    with pytest.raises(ValueError, match=r"is of another model: pos_embed is \[1, 64, 48\] there"):
+        train(tiny_config(pictures, tmp_path, meta={**resume, "embed_dim": 96}))
+    with pytest.raises(ValueError, match="have changed"):
+        train(tiny_config(pictures, tmp_path, meta=resume, data={"batch_size": 8}))
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        train(tiny_config(pictures, tmp_path / "elsewhere", meta=resume))
+    (tmp_path / "jepa-latest.pth.tar").unlink()
+    (tmp_path / "jepa-latest.pth.tar").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a PyTorch checkpoint"):
+        train(tiny_config(pictures, tmp_path, meta=resume))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path, optimization={"lr": 1e30, "start_lr": 1e30, "epochs": 2, "warmup": 1})
+    with pytest.raises(FloatingPointError, match=r"the loss is .* at step \d+; .*"):
+        train(config)
+
+
+def test_failed_checkpoint(pictures, tmp_path, monkeypatch, capsys):
+    from fastjepa.training import resume
+
+    real = resume.write_checkpoint
+    calls = []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(resume, "write_checkpoint", full)
+    result = train(tiny_config(pictures, tmp_path))  # saves at 5, 6, 10, 12
+    assert result.steps == 12
+    assert "no checkpoint at step 6: No space left on device" in capsys.readouterr().err
+
+    def always_full(state, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume, "write_checkpoint", always_full)
+    before = (tmp_path / "jepa-latest.pth.tar").read_bytes()
+    config = tiny_config(pictures, tmp_path, meta={"load_checkpoint": True}, optimization={"epochs": 3, "warmup": 1})
+    with pytest.raises(OSError, match="jepa-latest.pth.tar is as it was"):
+        train(config)
+    assert (tmp_path / "jepa-latest.pth.tar").read_bytes() == before
+
+
+def test_interrupt_saves(pictures, tmp_path):
+    def interrupt(trainer):
+        if trainer.step == 4:
+            raise KeyboardInterrupt
+
+    result = train(tiny_config(pictures, tmp_path), on_step=interrupt)
+    assert result.steps == 4
+    assert read_checkpoint(result.checkpoint)["fastjepa"]["step"] == 4
+
+
+def test_nothing_left_to_do(pictures, tmp_path):
+    train(tiny_config(pictures, tmp_path))
+    again = train(tiny_config(pictures, tmp_path, meta={"load_checkpoint": True}))
+    assert (again.steps, again.rows) == (12, [])
+
+
+def test_a_step_reads_nothing_back(pictures, tmp_path, monkeypatch):
+    """A step must not wait for the device: nothing in it may ask a tensor for its value."""
+    config = tiny_config(pictures, tmp_path, mask={"ragged": True})
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    meter = engine.Meter(trainer)
+    batch = batches[0]
+    trainer.train_step(batch)
+    asked = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+
+        def spy(self, *args, real=real, name=name):
+            # masks lie on the CPU here; on a GPU their checks are left out
+            if self.is_floating_point():
+                asked.append(name)
+            return real(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    loss, features = trainer.train_step(batch)
+    meter.add(batch, loss, features)
+    assert asked == []
+    assert not loss.requires_grad
+
+
+def test_parameter_groups_are_the_official_ones(pictures, tmp_path):
+    model = build_models(tiny_config(pictures, tmp_path))
+    groups = parameter_groups(model.encoder, model.predictor)
+    assert [bool(g.get("WD_exclude")) for g in groups] == [False, False, True, True]
+    assert [g.get("weight_decay") for g in groups] == [None, None, 0, 0]
+    everything = [p for g in groups for p in g["params"]]
+    assert len(everything) == len({id(p) for p in everything})
+    assert len(everything) == len(list(model.encoder.parameters())) + len(list(model.predictor.parameters()))
+    assert all(p.dim() != 1 for g in groups[:2] for p in g["params"])
+    assert any(p is model.predictor.mask_token for p in groups[1]["params"])
+
+
+def test_initialisation_of_a_run(pictures, tmp_path):
+    torch.manual_seed(0)
+    model = build_models(tiny_config(pictures, tmp_path, meta={"embed_dim": 96, "depth": 4}))
+    assert model.encoder.blocks[3].mlp.fc2.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for ours, theirs in zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert not theirs.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("meta", {"model_name": "vit_hug"}, "did you mean vit_huge"),
+        ("meta", {"embed_dim": 50}, "section meta"),
+        ("meta", {"num_heads": 5}, "section meta"),
+        ("mask", {"min_keep": 60}, "section mask: no mask is possible"),
+        ("data", {"batch_size": 500}, "more than the 24 pictures"),
+        ("runtime", {"device": "cuda:99"}, "runtime.device"),
+        ("runtime", {"device": "toaster"}, "runtime.device"),
+        ("logging", {"folder": "/proc/nowhere"}, "logging.folder: cannot write"),
+    ],
+)
+def test_settings_that_will_not_do(pictures, tmp_path, section, values, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(pictures, tmp_path, **{section: values}))
+
+
+def test_official_models_have_the_official_sizes():
+    with torch.device("meta"):
+        encoder = fastjepa.vit_huge(patch_size=14)
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(631e6, rel=0.005)
