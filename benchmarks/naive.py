@@ -152,9 +152,9 @@ class NaiveStep:
         self.scaler.update()
         for name, parameter in self.encoder.named_parameters():
             if parameter.grad is not None and not (name.endswith(".bias") or parameter.dim() == 1):
-                float(torch.norm(parameter.grad))
+                torch.norm(parameter.grad).item()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for theirs, ours in zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True):
                 ours.mul_(momentum).add_((1.0 - momentum) * theirs)
-        return float(loss)
+        return loss.item()

@@ -1,0 +1,67 @@
+"""`python -m benchmarks SUITE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Run a suite; print its table, write its JSON."""
+    arguments = _parser().parse_args()
+    if arguments.suite == "codegen":
+        from benchmarks import codegen
+
+        compiled = codegen.compile_all(tuple(arguments.sm or codegen.CHIPS))
+        rows, text = codegen.as_json(compiled), codegen.table(compiled)
+    elif arguments.suite == "masks":
+        from benchmarks import masks
+
+        rows = masks.measure()
+        text = _table(rows)
+    else:
+        from benchmarks import step
+
+        rows = step.measure(arguments.model, arguments.patch_size, arguments.batch_size, arguments.steps, arguments.threads)
+        text = _table(rows)
+    if arguments.json == "-":
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(text)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    codegen = suites.add_parser("codegen", help="compile every kernel for chips that need not be here")
+    codegen.add_argument("--sm", type=int, action="append", choices=(80, 86, 89, 90, 100, 120), help="default: 80 to 100")
+    masks = suites.add_parser("masks", help="what drawing masks costs")
+    step = suites.add_parser("step", help="whole training steps, naive eager and ours, in one run")
+    step.add_argument("--model", default="vit_small", choices=[f"vit_{s}" for s in ("tiny", "small", "base", "large", "huge")])
+    step.add_argument("--patch-size", type=int, default=16)
+    step.add_argument("--batch-size", type=int, default=16)
+    step.add_argument("--steps", type=int, default=8)
+    step.add_argument("--threads", type=int, default=2)
+    for suite in (codegen, masks, step):
+        suite.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
+    return parser
+
+
+def _table(rows: list[dict]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) for line in [columns, *cells])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
