@@ -52,12 +52,17 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class MetaConfig:
-    """The models. embed_dim, depth and num_heads replace those of model_name where given."""
+    """The models. embed_dim, depth and num_heads replace those of model_name where given.
+
+    patch_embed_scale multiplies the patch embedding's initial weights: patches of few pixels start as almost nothing
+    beside their positions, and a narrow encoder then learns positions alone.
+    """
 
     model_name: str = "vit_huge"
     embed_dim: int | None = None
     depth: int | None = None
     num_heads: int | None = None
+    patch_embed_scale: float = 1.0
     pred_depth: int = 12
     pred_emb_dim: int = 384
     use_bfloat16: bool = True
@@ -267,6 +272,7 @@ def _check(config: Config, source: str) -> None:
             config.mask.patch_size < 1 or data.crop_size % config.mask.patch_size > 0
         ),
         "meta.pred_depth must be at least 1": config.meta.pred_depth < 1,
+        "meta.patch_embed_scale must be above 0": config.meta.patch_embed_scale <= 0,
         "optimization.epochs must be at least 1": optimization.epochs < 1,
         "optimization.warmup must be at least 0": optimization.warmup < 0,
         "optimization.ipe_scale must be above 0": optimization.ipe_scale <= 0,

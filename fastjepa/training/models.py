@@ -48,6 +48,8 @@ def build_models(config: Config) -> IJEPA:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 init_weights(module)
+    with torch.no_grad():
+        encoder.patch_embed.proj.weight.mul_(meta.patch_embed_scale)
     return IJEPA(encoder, predictor)
 
 

@@ -216,7 +216,8 @@ def test_parameter_groups_are_the_official_ones(pictures, tmp_path):
 
 def test_initialisation_of_a_run(pictures, tmp_path):
     torch.manual_seed(0)
-    model = build_models(tiny_config(pictures, tmp_path, meta={"embed_dim": 96, "depth": 4}))
+    model = build_models(tiny_config(pictures, tmp_path, meta={"embed_dim": 96, "depth": 4, "patch_embed_scale": 5}))
+    assert model.target_encoder.patch_embed.proj.weight.std().item() == pytest.approx(0.1, rel=0.05)
     assert model.encoder.blocks[3].mlp.fc2.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for ours, theirs in zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)

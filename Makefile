@@ -1,0 +1,70 @@
+# Everything runs in .venv, which the first target that needs it makes from $(PYTHON).
+#   make demo                  pretrain on a few pictures, evaluate, draw      (DATA=folder: on your own pictures)
+#   make test                  the tests                                       (PYTEST_ARGS="tests/test_masks.py -x")
+#   make lint types wheel      style, types, dist/*.whl and dist/*.tar.gz
+#   make gpu                   GPU tests and benchmarks, on a machine with one
+#   make format clean distclean
+# Another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+PYTEST_ARGS ?=
+JOBS ?= auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is written at first import: compiling all of every package would double the time of the install.
+unexport PYTHONDONTWRITEBYTECODE
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types wheel gpu clean distclean
+
+help:
+	@sed -n 's/^#   /  /p' Makefile
+
+# Stamps, so that a second run installs nothing. .made comes after the venv is whole: one without pip is not taken for one.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastjepa needs Python 3.10 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.%: pyproject.toml setup.py | $(VENV)/.made
+	$(PIP) install --no-compile --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m fastjepa demo $(if $(DATA),--data '$(DATA)')
+
+# Tests that compare times run first and alone; the rest share the cores. Exit status 5 is "no such test".
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest -m timing $(PYTEST_ARGS); timing=$$?; \
+	$(BIN)/python -m pytest -m 'not timing' -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS) \
+	&& { [ $$timing -eq 0 ] || [ $$timing -eq 5 ]; }
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+wheel: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+gpu: $(VENV)/.test $(VENV)/.bench
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA GPU; fastjepa doctor says what is here")'
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks kernels
+	$(BIN)/python -m benchmarks step
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,46 @@
+"""Which implementation each operation takes here, asked of one place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Operation -> the module of fastjepa.kernels that its CUDA path launches; None where it is PyTorch on every device.
+# A test compares this with what fastjepa imports, so that it cannot say more or less than what runs.
+KERNELS: dict[str, str | None] = {
+    "gather_tokens": None,
+    "scatter_tokens": None,
+    "assemble_predictor": None,
+    "ragged_attention": None,
+    "jepa_loss": None,
+    "ema_update_": None,
+    "AdamWEMA": None,
+    "layer_norm": None,
+    "gelu": None,
+}
+
+
+class Backend(NamedTuple):
+    """What an operation runs on: `name` is "triton" or "torch", `reason` says why in a few words."""
+
+    name: str
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """The backend that each operation takes for tensors on this machine's best device, by operation.
+
+    >>> backends()["ragged_attention"].name in ("triton", "torch")
+    True
+    """
+    cuda = torch.cuda.is_available()
+    return {operation: _backend(kernel, cuda) for operation, kernel in KERNELS.items()}
+
+
+def _backend(kernel: str | None, cuda: bool) -> Backend:
+    if kernel is None:
+        return Backend("torch", "no kernel of ours in its path, on any device")
+    if not cuda:
+        return Backend("torch", "no CUDA GPU that torch can use")
+    return Backend("triton", f"CUDA tensors launch fastjepa.kernels.{kernel}")

@@ -1,0 +1,97 @@
+"""What every test shares: interpreted kernels where there is no GPU, one thread, fixed seeds, poison, golden data."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+# Read by Triton when a kernel is defined, so it has to stand before anything imports triton.
+if not torch.cuda.is_available():
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before tests/conftest.py could ask for its interpreter")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Small tensors gain nothing from more threads, and parallel test workers lose by them. Subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("fastjepa", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fastjepa")
+
+
+def pytest_report_header() -> str:
+    """Which kernels the run is about."""
+    try:
+        triton = f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        triton = "no triton"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU, kernels are interpreted"
+    return f"torch {torch.__version__}, {triton}; {where}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, naming what was not run."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA GPU here, so not run: {item.name}"))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test starts from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN (floats) or the largest value (integers), so that a place left unwritten shows."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(make)
+        def made(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            with torch.no_grad():
+                return tensor.fill_(_poison_of(tensor.dtype))
+
+        return made
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _poison_of(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max
+
+
+@functools.cache
+def _load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """`golden("ijepa_tiny")` is the arrays of tests/goldens/ijepa_tiny.npz by key."""
+    return lambda name: dict(_load(name))
