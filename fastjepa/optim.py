@@ -1,0 +1,355 @@
+"""AdamW and the moving average of the target encoder as one optimizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fastjepa.kernels.reference import ema_update_ref_
+
+if TYPE_CHECKING:
+    from fastjepa.kernels.adamw_ema import AdamWEMATensors, Hyperparameters, MultiTensorAdamWEMA
+
+# Options of torch's AdamW that can come with a loaded state and that the kernel does not have.
+_TORCH_ONLY = ("amsgrad", "maximize", "differentiable")
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """AdamW, then t = momentum * t + (1 - momentum) * p for every parameter p with a target t, then copies of both.
+
+    On CUDA one kernel launch does all of it for all parameter groups, one more where the gradient norm is wanted;
+    elsewhere torch's own functions do. `state_dict` is that of `torch.optim.AdamW`: each loads the other's.
+
+    Targets and copies are moved at every step, also where a parameter has no gradient, takes none, or was skipped.
+    Gradients are left as they are: scaling and clipping happen on the way.
+
+    Shapes:
+        params, lr, betas, eps, weight_decay: as `torch.optim.AdamW`; further keys of a parameter group are kept.
+        target_params: for each parameter, in the groups' order, its target (same shape, any floating dtype) or None;
+            or a mapping from parameters to targets.
+        momentum: of the moving average, in 0..1; also an attribute, for schedules to set before each step.
+        max_grad_norm: the norm of all gradients together is clipped to this, as `clip_grad_norm_` does.
+        skip_nonfinite: a step whose gradient norm is not finite changes no parameter, decided on the device.
+        low_precision: a mapping from parameters and targets to copies of them (say bf16), rewritten at each step.
+
+    Attributes:
+        grad_norm: the norm of the last step's gradients before clipping, a scalar on the device; None where neither
+            `max_grad_norm` nor `skip_nonfinite` asks for it.
+
+    A step can be captured in a CUDA graph after an eager one. Replays count steps; `sync_hyperparameters` brings new
+    values of lr, weight_decay, momentum and so on to the device before a replay. `torch.amp.GradScaler` works as with
+    torch's fused optimizers: scale and found_inf stay on the device.
+
+    Raises:
+        ValueError: targets or copies that do not fit their parameters, parameters that are not floating or are given
+            twice, or a hyperparameter out of its range.
+
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2; Assran et al. 2023 (arXiv 2301.08243).
+
+    >>> p, t = torch.nn.Parameter(torch.ones(2)), torch.zeros(2)
+    >>> optimizer = AdamWEMA([p], lr=0.5, weight_decay=0.0, target_params=[t], momentum=0.75)
+    >>> p.grad = torch.ones(2)
+    >>> optimizer.step(); print(p.data, t)
+    tensor([0.5000, 0.5000]) tensor([0.1250, 0.1250])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        target_params: Iterable[Tensor | None] | Mapping[Tensor, Tensor] | None = None,
+        momentum: float = 0.996,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        low_precision: Mapping[Tensor, Tensor] | None = None,
+    ):
+        self._tables: MultiTensorAdamWEMA | None = None
+        self._outdated: list[MultiTensorAdamWEMA] = []  # those that a captured CUDA graph still reads
+        self._warned = False
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self._step_supports_amp_scaling = True
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        self.momentum = momentum
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
+        self.grad_norm: Tensor | None = None
+        self._targets = _by_parameter(self._params(), target_params)
+        self._copies = dict(low_precision or {})
+        _check_pairs(self._targets, "target")
+        _check_pairs(self._copies, "low-precision copy")
+        known = {id(t) for pair in self._targets.items() for t in pair} | {id(p) for p in self._params()}
+        if any(id(tensor) not in known for tensor in self._copies):
+            raise ValueError("low_precision has a key that is neither a parameter nor a target of this optimizer")
+
+    @property
+    def momentum(self) -> float:
+        """Of the moving average, in 0..1."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float) -> None:
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must be in 0..1, got {momentum}")
+        self._momentum = float(momentum)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`. Parameters added after construction have no target and no copy.
+
+        Raises:
+            ValueError: parameters that are not floating or are given twice, or a hyperparameter out of its range.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._forget_tables()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update parameters, targets and copies; returns the closure's loss, if there is a closure.
+
+        Raises:
+            ValueError: a sparse gradient.
+            RuntimeError: captured in a CUDA graph with no step before.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not (self._takes_kernels() and self._step_kernels()):
+            self._step_torch()
+        return loss
+
+    def sync_hyperparameters(self) -> None:
+        """Bring lr, betas, eps, weight_decay, momentum and max_grad_norm to the device, where a CUDA graph reads them.
+
+        `step` does so by itself; call this before replaying a graph that holds a step.
+        """
+        if self._tables is not None:
+            self._tables.set_hyperparameters(self._hyperparameters(), self.momentum, self.max_grad_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.AdamW.state_dict`, with step numbers on the CPU, where a stock AdamW keeps them."""
+        packed = super().state_dict()
+        if self._tables is None:
+            return packed
+        held = {i: state for i, state in packed["state"].items() if isinstance(state, dict) and "step" in state}
+        if held:
+            steps = torch.stack([state["step"] for state in held.values()]).cpu()
+            packed["state"] = packed["state"] | {
+                i: state | {"step": step.clone()} for (i, state), step in zip(held.items(), steps, strict=True)
+            }
+        return packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_momentum", "max_grad_norm", "skip_nonfinite", "grad_norm", "_targets", "_copies")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = True
+        self._outdated = getattr(self, "_outdated", [])
+        self._warned = getattr(self, "_warned", False)
+        self._forget_tables()
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _takes_kernels(self) -> bool:
+        return self._params()[0].device.type == "cuda"
+
+    def _wants_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def _forget_tables(self) -> None:
+        tables = getattr(self, "_tables", None)
+        if tables is not None and tables.captured:
+            self._outdated.append(tables)
+        self._tables = None
+
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        from fastjepa.kernels.adamw_ema import Hyperparameters  # Triton is not on every machine
+
+        groups = []
+        for group in self.param_groups:
+            lr = group["lr"]
+            lr = lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+            beta1, beta2 = group["betas"]
+            groups.append(Hyperparameters(lr, float(beta1), float(beta2), group["eps"], group["weight_decay"]))
+        return groups
+
+    def _tensors(self, params: list[Tensor]) -> AdamWEMATensors:
+        from fastjepa.kernels.adamw_ema import AdamWEMATensors
+
+        states = [self.state.get(p, {}) for p in params]
+        targets = [self._targets.get(p) for p in params]
+        return AdamWEMATensors(
+            params=params,
+            groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
+            exp_avgs=[state.get("exp_avg") for state in states],
+            exp_avg_sqs=[state.get("exp_avg_sq") for state in states],
+            targets=targets,
+            param_copies=[self._copies.get(p) for p in params],
+            target_copies=[None if t is None else self._copies.get(t) for t in targets],
+        )
+
+    def _step_kernels(self) -> bool:
+        """Whether the kernels could do the step; if not, nothing has happened."""
+        options = {name for name in _TORCH_ONLY for group in self.param_groups if group[name]}
+        if options:
+            self._say_once(f"{sorted(options)} is set")
+            return False
+        params = self._params()
+        grads = [p.grad for p in params]
+        for p, grad in zip(params, grads, strict=True):
+            if grad is not None and not self.state[p]:
+                state = self.state[p]
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        tensors = self._tensors(params)
+        tables = self._tables
+        if tables is None or not tables.is_current(tensors) or not self._counts_steps(tables, params):
+            self._forget_tables()
+            tables = self._build(tensors)
+        if tables is None:
+            return False
+        self.sync_hyperparameters()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        tables.update(grads, self._wants_norm(), self.skip_nonfinite, scale, found_inf)
+        self.grad_norm = tables.grad_norm if self._wants_norm() else None
+        return True
+
+    def _say_once(self, obstacle: str) -> None:
+        if not self._warned:
+            warnings.warn(f"AdamWEMA runs without its kernels, and slower: {obstacle}", stacklevel=5)
+        self._warned = True
+
+    def _counts_steps(self, tables: MultiTensorAdamWEMA, params: list[Tensor]) -> bool:
+        """Whether the step numbers in the state are still the ones the tables count."""
+        states = [self.state.get(p) for p in params]
+        return all(not state or state["step"] is tables.step_of(i) for i, state in enumerate(states))
+
+    def _build(self, tensors: AdamWEMATensors) -> MultiTensorAdamWEMA | None:
+        from fastjepa.kernels.adamw_ema import MultiTensorAdamWEMA
+
+        obstacle = tensors.obstacle()
+        if obstacle:
+            self._say_once(obstacle)
+            return None
+        device = tensors.params[0].device
+        states = [self.state.get(p) for p in tensors.params]
+        zero = torch.zeros((), dtype=torch.float32, device="cpu")
+        steps = [torch.as_tensor(state["step"], dtype=torch.float32) if state else zero for state in states]
+        if any(step.device != steps[0].device for step in steps):
+            steps = [step.to(device) for step in steps]
+        tables = self._tables = MultiTensorAdamWEMA(tensors, len(self.param_groups), torch.stack(steps).to(device))
+        for i, state in enumerate(states):
+            if state:
+                state["step"] = tables.step_of(i)
+        return tables
+
+    def _step_torch(self) -> None:
+        params = self._params()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        with_grad = [p for p in params if p.grad is not None]
+        if any(p.grad.layout != torch.strided for p in with_grad):
+            raise ValueError("AdamWEMA does not take sparse gradients")
+        grads = [p.grad for p in with_grad]
+        if scale is not None and grads:
+            grads = list(torch._foreach_mul(grads, 1.0 / scale))
+        skip = found_inf is not None and bool(found_inf)
+        if self._wants_norm():
+            norm = self.grad_norm = torch.nn.utils.get_total_norm(grads)
+            if self.max_grad_norm is not None and grads:
+                clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                grads = list(torch._foreach_mul(grads, clip))
+            skip = skip or (self.skip_nonfinite and not math.isfinite(norm))
+        if not skip:
+            self._adamw(dict(zip(with_grad, grads, strict=True)))
+        pairs = [(self._targets[p], p) for p in params if p in self._targets]
+        ema_update_ref_([t for t, _ in pairs], [p for _, p in pairs], self.momentum)
+        for tensor, copy in self._copies.items():
+            copy.copy_(tensor)
+
+    def _adamw(self, grads: dict[Tensor, Tensor]) -> None:
+        """torch's AdamW, with gradients other than those that the parameters hold."""
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            has_complex = self._init_group(group, *lists)
+            params, _, *rest = lists
+            beta1, beta2 = group["betas"]
+            adamw(
+                params,
+                [grads[p] for p in params],
+                *rest,
+                foreach=group["foreach"],
+                capturable=group["capturable"] and bool(params) and params[0].device.type != "cpu",
+                differentiable=group["differentiable"],
+                fused=group["fused"],
+                has_complex=has_complex,
+                amsgrad=group["amsgrad"],
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not float(group[name]) >= 0.0:
+            raise ValueError(f"{name} must not be negative, got {group[name]}")
+    if not all(0.0 <= float(beta) < 1.0 for beta in group["betas"]):
+        raise ValueError(f"betas must be in 0..1, 1 excluded, got {group['betas']}")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ValueError(f"parameters must be of a floating dtype, got {p.dtype} {list(p.shape)}")
+    if len({id(p) for p in group["params"]}) < len(group["params"]):
+        raise ValueError("a parameter is given twice in one group")
+
+
+def _by_parameter(
+    params: list[Tensor], targets: Iterable[Tensor | None] | Mapping[Tensor, Tensor] | None
+) -> dict[Tensor, Tensor]:
+    if targets is None:
+        return {}
+    if isinstance(targets, Mapping):
+        strangers = {id(p) for p in targets} - {id(p) for p in params}
+        if strangers:
+            raise ValueError(f"target_params has {len(strangers)} keys that are not parameters of this optimizer")
+        return dict(targets)
+    targets = list(targets)
+    if len(targets) != len(params):
+        raise ValueError(
+            f"target_params needs one entry for each of {len(params)} parameters, in the groups' order and None where "
+            f"there is no target, got {len(targets)}"
+        )
+    return {p: t for p, t in zip(params, targets, strict=True) if t is not None}
+
+
+def _check_pairs(pairs: dict[Tensor, Tensor], what: str) -> None:
+    for tensor, other in pairs.items():
+        if not isinstance(other, Tensor) or not other.is_floating_point():
+            found = getattr(other, "dtype", type(other).__name__)
+            raise ValueError(f"a {what} must be a tensor of a floating dtype, got {found}")
+        if other.shape != tensor.shape:
+            raise ValueError(f"a {what} of shape {list(other.shape)} for a tensor of shape {list(tensor.shape)}")
+        if other.device != tensor.device:
+            raise ValueError(f"a {what} on {other.device} for a tensor on {tensor.device}")
+    if len({id(t) for t in pairs.values()}) < len(pairs):
+        raise ValueError(f"a {what} is given for two tensors")

@@ -1,0 +1,193 @@
+"""Residual add + LayerNorm against its reference: values, gradients, layouts, launches, compiled code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastjepa.kernels import layer_norm
+from fastjepa.kernels.layer_norm import (
+    MAX_WIDTH,
+    add_layer_norm,
+    add_layer_norm_cost,
+    layer_norm_bwd,
+    layer_norm_bwd_config,
+    layer_norm_fwd,
+)
+from fastjepa.kernels.reference import add_layer_norm_ref
+from fastjepa.kernels.rows import MULTIPROCESSORS
+from tests.kernels.row_checks import (
+    DEVICE,
+    assert_compiles_well,
+    compare,
+    launches,
+    randn,
+    strange_layouts,
+    value_and_gradients,
+)
+
+pytestmark = pytest.mark.usefixtures("poison")
+EPS = 1e-6
+
+
+def inputs(rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    weight_dtype = weight_dtype or dtype
+    return [
+        randn(rows, width, dtype=dtype),
+        randn(rows, width, dtype=dtype, scale=2.0),
+        1 + randn(width, dtype=weight_dtype, scale=0.3),
+        randn(width, dtype=weight_dtype, scale=0.3),
+    ]
+
+
+def check(tables: list[torch.Tensor], few: bool = False, upstream: list[torch.Tensor] | None = None) -> None:
+    """With and without a residual; x's dtype is that of the result where the reference would promote."""
+    x, _, weight, bias = tables
+    upstream = upstream or [randn(*x.shape, dtype=x.dtype), randn(*x.shape, dtype=x.dtype)]
+
+    def reference(x, residual, weight, bias):
+        y, s = add_layer_norm_ref(x, residual, weight.to(x.dtype), bias.to(x.dtype), EPS)
+        return y, s + 0  # its own tensor where s is x
+
+    def ours(x, residual, weight, bias):
+        return add_layer_norm(x, residual, weight, bias, EPS)
+
+    compare(ours, reference, tables, upstream, few)
+    alone = [x, weight, bias]
+    compare(lambda x, w, b: ours(x, None, w, b), lambda x, w, b: reference(x, None, w, b), alone, upstream, few)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [100, 384, 1280, 1408])
+def test_values_and_gradients(width: int, dtype: torch.dtype):
+    check(inputs(21, width, dtype))
+
+
+def test_many_rows_to_a_program(monkeypatch: pytest.MonkeyPatch):
+    """More tiles than programs, so that a program of the backward loops."""
+    config = replace(layer_norm_bwd_config(64, torch.float32, 80), programs=3)
+    monkeypatch.setattr(layer_norm, "layer_norm_bwd_config", lambda *key: config)
+    check(inputs(10 * config.block_t + 3, 64, torch.float32))
+
+
+def test_weights_wider_than_rows():
+    check(inputs(21, 384, torch.float16, torch.float32))
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "misaligned", "rows apart and misaligned", "columns apart"])
+def test_strange_layouts(layout: str):
+    x, residual, weight, bias = inputs(13, 192, torch.float32)
+    upstream = [strange_layouts(randn(13, 192))[layout] for _ in range(2)]
+    odd = [strange_layouts(x)[layout], strange_layouts(residual)[layout]]
+    check([*odd, strange_layouts(weight[None])[layout][0], bias], upstream=upstream)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(0, 40), width=st.integers(1, 300), dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_any_shape(rows: int, width: int, dtype: torch.dtype):
+    check(inputs(rows, width, dtype), few=True)
+
+
+@pytest.mark.parametrize("width", [2048, MAX_WIDTH])
+def test_wide_rows(width: int):
+    check(inputs(3, width, torch.float32))
+
+
+def test_large_mean_keeps_its_digits():
+    """Statistics in two passes: a mean of 1000 standard deviations costs no more than it costs PyTorch."""
+    x, _, weight, bias = inputs(16, 384, torch.float32)
+    check([x, x + 1000, weight, bias])
+
+
+def test_only_the_sum_used():
+    x, residual, weight, bias = inputs(4, 64, torch.float32)
+    x.requires_grad_(), residual.requires_grad_(), weight.requires_grad_()
+    _, s = add_layer_norm(x, residual, weight, bias, EPS)
+    upstream = randn(4, 64)
+    dx, dresidual, dweight = torch.autograd.grad(s, (x, residual, weight), upstream, allow_unused=True)
+    assert torch.equal(dx, upstream)
+    assert torch.equal(dresidual, upstream)
+    assert dweight is None
+
+
+def test_only_the_norm_used():
+    x, residual, weight, bias = inputs(21, 64, torch.float32)
+    compare(
+        lambda *t: add_layer_norm(*t, EPS)[0],
+        lambda *t: add_layer_norm_ref(*t, EPS)[0],
+        [x, residual, weight, bias],
+        [randn(21, 64)],
+    )
+
+
+def test_upstream_gradient_that_is_expanded():
+    x, residual, weight, bias = (t.requires_grad_() for t in inputs(21, 64, torch.float32))
+    y, s = add_layer_norm(x, residual, weight, bias, EPS)
+    dx = torch.autograd.grad(y.sum() + 2 * s.sum(), x)[0]
+    y, s = add_layer_norm_ref(x, residual, weight, bias, EPS)
+    torch.testing.assert_close(dx, torch.autograd.grad(y.sum() + 2 * s.sum(), x)[0])
+
+
+def test_repeats_bitwise():
+    tables = inputs(77, 384, torch.float16)
+    upstream = [randn(77, 384, dtype=torch.float16)] * 2
+    first, second = (value_and_gradients(lambda *t: add_layer_norm(*t, EPS), tables, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_declared_launches(residual: bool, monkeypatch: pytest.MonkeyPatch):
+    x, other, weight, bias = inputs(40, 64, torch.float32)
+    y, s, mean, rstd = layer_norm_fwd(x, other, weight, bias, EPS)
+    cost = [add_layer_norm_cost(40, 64, x.dtype, residual, backward).launches for backward in (False, True)]
+    assert cost[0] == launches(monkeypatch, lambda: layer_norm_fwd(x, other if residual else None, weight, bias, EPS))
+    assert cost[1] == launches(monkeypatch, lambda: layer_norm_bwd(y, s if residual else None, s, weight, mean, rstd))
+
+
+def test_declared_bytes():
+    """ViT-H, 128 images of 110 tokens: four tables of 14,080 x 1280 in bf16."""
+    table = 14080 * 1280 * 2
+    for backward in (False, True):
+        cost = add_layer_norm_cost(14080, 1280, torch.bfloat16, backward=backward)
+        assert 4 * table < cost.bytes < 4.01 * table
+
+
+def test_refuses_what_it_cannot_do():
+    x, residual, weight, bias = inputs(4, 16, torch.float32)
+    with pytest.raises(ValueError, match=r"\[4, 16\], \[15\]"):
+        add_layer_norm(x, None, weight[:15], bias, EPS)
+    with pytest.raises(ValueError, match=r"residual must be torch\.float32"):
+        add_layer_norm(x, residual.half(), weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"float16 and torch\.float32"):
+        add_layer_norm(x, residual, weight.half(), bias, EPS)
+    with pytest.raises(ValueError, match="float64"):
+        add_layer_norm(x.double(), None, weight, bias, EPS)
+    wide = torch.zeros(1, MAX_WIDTH + 1)
+    with pytest.raises(ValueError, match=f"D in 1..{MAX_WIDTH}"):
+        add_layer_norm(wide, None, wide[0], wide[0], EPS)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiled_code(arch: int):
+    cases = assert_compiles_well("layer_norm", arch, r"layer_norm_\w+ d(384|1280|1408) bf16 weight bf16", expected=6)
+    for case in cases:
+        if case["name"] == "layer_norm_bwd":  # every program of the backward has a place on the chip
+            threads = int(re.search(r" p(\d+)", case["config"])[1]) // MULTIPROCESSORS[arch] * 32 * case["num_warps"]
+            assert -(-case["registers"] // 8) * 8 * threads <= 65536, case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1408, 8192])
+def test_on_a_gpu(width: int, dtype: torch.dtype):
+    assert DEVICE.type == "cuda"
+    check(inputs(5001, width, dtype))
+    tables = inputs(5001, width, dtype)
+    upstream = [randn(5001, width, dtype=dtype)] * 2
+    first, second = (value_and_gradients(lambda *t: add_layer_norm(*t, EPS), tables, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
