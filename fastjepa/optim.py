@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,8 @@ class AdamWEMA(torch.optim.AdamW):
         low_precision: Mapping[Tensor, Tensor] | None = None,
     ):
         self._tables: MultiTensorAdamWEMA | None = None
+        self._states: list[dict[str, Any]] = []  # those of the tables
+        self._state_tensors: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # each with its step and exp_avg
         self._outdated: list[MultiTensorAdamWEMA] = []  # those that a captured CUDA graph still reads
         self._warned = False
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -213,17 +216,11 @@ class AdamWEMA(torch.optim.AdamW):
             return False
         params = self._params()
         grads = [p.grad for p in params]
-        for p, grad in zip(params, grads, strict=True):
-            if grad is not None and not self.state[p]:
-                state = self.state[p]
-                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        tensors = self._tensors(params)
-        tables = self._tables
-        if tables is None or not tables.is_current(tensors) or not self._counts_steps(tables, params):
+        if not self._fits(params, grads):
             self._forget_tables()
-            tables = self._build(tensors)
+            self._init_moments(params)
+            self._build(self._tensors(params))
+        tables = self._tables
         if tables is None:
             return False
         self.sync_hyperparameters()
@@ -232,50 +229,66 @@ class AdamWEMA(torch.optim.AdamW):
         self.grad_norm = tables.grad_norm if self._wants_norm() else None
         return True
 
-    def _say_once(self, obstacle: str) -> None:
-        if not self._warned:
-            warnings.warn(f"AdamWEMA runs without its kernels, and slower: {obstacle}", stacklevel=5)
-        self._warned = True
+    def _fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Whether the tables are those of these parameters and of the state they have now. Asked at every step."""
+        tables = self._tables
+        return (
+            tables is not None
+            and _same(params, tables.tensors.params)
+            and _same(self.state.values(), self._states)
+            and all(s.get("step") is step and s.get("exp_avg") is m for s, step, m in self._state_tensors)
+            and all(g is None or m is not None for g, m in zip(grads, tables.tensors.exp_avgs, strict=True))
+            and tables.is_current()
+        )
 
-    def _counts_steps(self, tables: MultiTensorAdamWEMA, params: list[Tensor]) -> bool:
-        """Whether the step numbers in the state are still the ones the tables count."""
-        states = [self.state.get(p) for p in params]
-        return all(not state or state["step"] is tables.step_of(i) for i, state in enumerate(states))
+    def _init_moments(self, params: list[Tensor]) -> None:
+        for p in params:
+            if p.grad is not None and not self.state[p]:
+                state = self.state[p]
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
-    def _build(self, tensors: AdamWEMATensors) -> MultiTensorAdamWEMA | None:
+    def _build(self, tensors: AdamWEMATensors) -> None:
+        """Make the tables, if the kernel can take these tensors, and let the state show the steps they count."""
         from fastjepa.kernels.adamw_ema import MultiTensorAdamWEMA
 
         obstacle = tensors.obstacle()
         if obstacle:
             self._say_once(obstacle)
-            return None
-        device = tensors.params[0].device
+            return
         states = [self.state.get(p) for p in tensors.params]
         zero = torch.zeros((), dtype=torch.float32, device="cpu")
         steps = [torch.as_tensor(state["step"], dtype=torch.float32) if state else zero for state in states]
         if any(step.device != steps[0].device for step in steps):
-            steps = [step.to(device) for step in steps]
-        tables = self._tables = MultiTensorAdamWEMA(tensors, len(self.param_groups), torch.stack(steps).to(device))
+            steps = [step.to(tensors.params[0].device) for step in steps]
+        self._tables = MultiTensorAdamWEMA(tensors, len(self.param_groups), torch.stack(steps))
+        self._states, self._state_tensors = list(self.state.values()), []
         for i, state in enumerate(states):
             if state:
-                state["step"] = tables.step_of(i)
-        return tables
+                state["step"] = self._tables.step_of(i)
+                self._state_tensors.append((state, state["step"], state["exp_avg"]))
+
+    def _say_once(self, obstacle: str) -> None:
+        if not self._warned:
+            warnings.warn(f"AdamWEMA runs without its kernels, and slower: {obstacle}", stacklevel=5)
+        self._warned = True
 
     def _step_torch(self) -> None:
         params = self._params()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with_grad = [p for p in params if p.grad is not None]
-        if any(p.grad.layout != torch.strided for p in with_grad):
+        grads = [p.grad for p in with_grad if p.grad is not None]
+        if any(grad.layout != torch.strided for grad in grads):
             raise ValueError("AdamWEMA does not take sparse gradients")
-        grads = [p.grad for p in with_grad]
-        if scale is not None and grads:
-            grads = list(torch._foreach_mul(grads, 1.0 / scale))
+        if scale is not None:
+            grads = [grad / scale for grad in grads]
         skip = found_inf is not None and bool(found_inf)
         if self._wants_norm():
             norm = self.grad_norm = torch.nn.utils.get_total_norm(grads)
-            if self.max_grad_norm is not None and grads:
+            if self.max_grad_norm is not None:
                 clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                grads = list(torch._foreach_mul(grads, clip))
+                grads = [grad * clip for grad in grads]
             skip = skip or (self.skip_nonfinite and not math.isfinite(norm))
         if not skip:
             self._adamw(dict(zip(with_grad, grads, strict=True)))
@@ -310,6 +323,10 @@ class AdamWEMA(torch.optim.AdamW):
             )
 
 
+def _same(some: Collection[object], others: Collection[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if not float(group[name]) >= 0.0:
@@ -332,14 +349,14 @@ def _by_parameter(
         strangers = {id(p) for p in targets} - {id(p) for p in params}
         if strangers:
             raise ValueError(f"target_params has {len(strangers)} keys that are not parameters of this optimizer")
-        return dict(targets)
-    targets = list(targets)
-    if len(targets) != len(params):
+        return {p: targets[p] for p in params if p in targets}
+    listed = list(targets)
+    if len(listed) != len(params):
         raise ValueError(
             f"target_params needs one entry for each of {len(params)} parameters, in the groups' order and None where "
-            f"there is no target, got {len(targets)}"
+            f"there is no target, got {len(listed)}"
         )
-    return {p: t for p, t in zip(params, targets, strict=True) if t is not None}
+    return {p: t for p, t in zip(params, listed, strict=True) if t is not None}
 
 
 def _check_pairs(pairs: dict[Tensor, Tensor], what: str) -> None:

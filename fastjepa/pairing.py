@@ -89,7 +89,7 @@ class PredictorLayout:
             patches = torch.where(in_context, known, patches)
         frame = targets.with_values(patches_to, pairing.per_image)
         longest = masks_enc.max_length + masks_pred.max_length
-        if offsets.device.type == "cpu" and len(offsets) > 1:
+        if offsets.device.type == "cpu" and len(offsets) > 1 and not torch.compiler.is_compiling():
             longest = int(offsets.diff().max())
         return cls(source, patches, offsets, longest, picked, frame)
 

@@ -46,7 +46,7 @@ class Ragged:
             )
         if offsets.device != values.device:
             raise ValueError(f"Ragged values are on {values.device} and its offsets on {offsets.device}")
-        if offsets.device.type != "cpu":
+        if not _can_look(offsets):
             return
         lengths = offsets.diff()
         longest = int(lengths.max()) if len(lengths) else 0
@@ -202,10 +202,15 @@ def check_patches(index: Ragged, num_patches: int) -> None:
     Raises:
         ValueError: a patch outside 0..num_patches-1.
     """
-    if index.device.type == "cpu" and len(index.values):
+    if _can_look(index.values) and len(index.values):
         low, high = (int(v) for v in index.values.aminmax())
         if low < 0 or high >= num_patches:
             raise ValueError(f"masks name patches {low}..{high}, but there are patches 0..{num_patches - 1}")
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether values can be looked at for nothing: on the CPU, outside of a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _shortened(offsets: Tensor) -> str:

@@ -68,18 +68,29 @@ def _adamw(p, g, m, v, scalars):
 
 @triton.jit
 def _update_blocks(
-    tensor_ptr, gradient_ptr, start, blocks, is_active, scalars, weight, PATH: tl.constexpr, BLOCK: tl.constexpr
+    tensor_ptr,
+    gradient_ptr,
+    start,
+    blocks,
+    is_active,
+    scalars,
+    weight,
+    P_CODE: tl.constexpr,
+    G_CODE: tl.constexpr,
+    T_CODE: tl.constexpr,
+    COPY_CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     target = tl.load(tensor_ptr + 5)
     param_copy = tl.load(tensor_ptr + 6)
     target_copy = tl.load(tensor_ptr + 7)
-    p_ptr = typed_pointer(tl.load(tensor_ptr + 2), PATH[0]) + start
-    g_ptr = typed_pointer(tl.load(gradient_ptr), PATH[1]) + start
-    m_ptr = typed_pointer(tl.load(tensor_ptr + 3), PATH[0]) + start
-    v_ptr = typed_pointer(tl.load(tensor_ptr + 4), PATH[0]) + start
-    t_ptr = typed_pointer(target, PATH[2]) + start
-    param_copy_ptr = typed_pointer(param_copy, PATH[3]) + start
-    target_copy_ptr = typed_pointer(target_copy, PATH[3]) + start
+    p_ptr = typed_pointer(tl.load(tensor_ptr + 2), P_CODE) + start
+    g_ptr = typed_pointer(tl.load(gradient_ptr), G_CODE) + start
+    m_ptr = typed_pointer(tl.load(tensor_ptr + 3), P_CODE) + start
+    v_ptr = typed_pointer(tl.load(tensor_ptr + 4), P_CODE) + start
+    t_ptr = typed_pointer(target, T_CODE) + start
+    param_copy_ptr = typed_pointer(param_copy, COPY_CODE) + start
+    target_copy_ptr = typed_pointer(target_copy, COPY_CODE) + start
     active = everywhere(is_active, BLOCK)
     has_target = everywhere(target != 0, BLOCK)
     copies_param = everywhere(param_copy != 0, BLOCK)
@@ -169,7 +180,20 @@ def _adamw_ema_kernel(
     blocks = tl.where(path < N_PATHS, count // BLOCK, 0)
     for i in tl.static_range(N_PATHS):
         if path == i:
-            _update_blocks(tensor_ptr, gradient_ptr, start, blocks, is_active, scalars, weight, PATHS[i], BLOCK)
+            _update_blocks(
+                tensor_ptr,
+                gradient_ptr,
+                start,
+                blocks,
+                is_active,
+                scalars,
+                weight,
+                PATHS[4 * i],
+                PATHS[4 * i + 1],
+                PATHS[4 * i + 2],
+                PATHS[4 * i + 3],
+                BLOCK,
+            )
 
     param = tl.load(tensor_ptr + 2)
     exp_avg = tl.load(tensor_ptr + 3)
@@ -210,7 +234,7 @@ class MultiTensorAdamWEMA:
 
     Shapes:
         tensors: see `AdamWEMATensors`; parameters without exp_avg are not stepped, their targets and copies are.
-        steps: fp32 [n] on the tensors' device, the steps each parameter has made.
+        steps: fp32 [n] on the tensors' device or the CPU, the steps each parameter has made.
 
     Raises:
         ValueError: tensors that the kernel cannot take.
@@ -222,11 +246,14 @@ class MultiTensorAdamWEMA:
             raise ValueError(obstacle)
         device = self._device = tensors.params[0].device
         self._config, self._norm_config = adamw_ema_config(arch_of(device)), grad_norm_config(arch_of(device))
-        self._held, self._found = tensors, tensors.addresses()
-        self._tensors = upload(host_table(tensors.table()), device)
+        self.tensors, self._paths = tensors, tensors.paths()
+        self._there = [t for row in tensors.rows() for t in row if t is not None]
+        self._found = addresses(self._there)
+        self._table = upload(host_table(tensors.table()), device)
         chunks = chunk_table([p.numel() for p in tensors.params], self._config.chunk, at_least=1)
         self._first_chunks = (chunks[:, 1] == 0).nonzero()[:, 0]
         self._chunks = upload(chunks, device)
+        steps = steps if steps.device == device else upload(steps, device)
         self._steps = steps.index_select(0, self._chunks[:, 0])  # [C]
         self._step_views = [self._steps[i] for i in self._first_chunks.tolist()]
         self._steps_version = self._steps._version
@@ -238,9 +265,9 @@ class MultiTensorAdamWEMA:
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.captured = False
 
-    def is_current(self, tensors: AdamWEMATensors) -> bool:
+    def is_current(self) -> bool:
         """Whether the tensors lie where they lay when the tables were built."""
-        return tensors.addresses() == self._found
+        return addresses(self._there) == self._found
 
     def step_of(self, i: int) -> Tensor:
         """fp32 scalar on the device: the steps parameter i has made. Writing it in place sets them."""
@@ -284,13 +311,13 @@ class MultiTensorAdamWEMA:
             first = upload(self._first_chunks, self._device)
             self._steps.copy_(self._steps.index_select(0, first).index_select(0, self._chunks[:, 0]))
             self._steps_version = self._steps._version
-        grads = [g if g is None else laid_as(p, g) for p, g in zip(self._held.params, grads, strict=True)]
+        grads = laid_as(self.tensors.params, grads)
         self.captured |= is_capturing(self._device)
-        gradients = self._gradients.follow(addresses(grads), lambda: self._held.gradient_table(grads))
+        gradients = self._gradients.follow(addresses(grads), lambda: self.tensors.gradient_table(grads, self._paths))
         if norm:
-            grad_norm_launch(self._tensors, gradients, self._chunks, self._partials, self._norm_config)
+            grad_norm_launch(self._table, gradients, self._chunks, self._partials, self._norm_config)
         _adamw_ema_kernel[(len(self._chunks),)](
-            tensors_ptr=self._tensors,
+            tensors_ptr=self._table,
             gradients_ptr=gradients,
             chunks_ptr=self._chunks,
             steps_ptr=self._steps,
@@ -318,7 +345,7 @@ def adamw_ema_cost(tensors: AdamWEMATensors, grads: Sequence[Tensor | None], nor
         width = 0 if t is None else 2 * t.element_size()
         width += sum(copy.element_size() for copy in copies if copy is not None)
         flops += (0 if t is None else 3) * p.numel()
-        if grad is not None:
+        if grad is not None and m is not None and v is not None:
             width += (1 + norm) * grad.element_size() + 2 * (p.element_size() + m.element_size() + v.element_size())
             flops += (16 + 2 * norm) * p.numel()
         elif width:

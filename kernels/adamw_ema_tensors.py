@@ -11,11 +11,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import DTYPE_CODES, VECTOR_BYTES, addresses, is_aligned, lie_alike
+from .multi_tensor import DTYPE_CODES, VECTOR_BYTES, is_aligned, lie_alike
 
 # Dtype codes of p, of its gradient, of t and of the copies: the official recipe, bf16 gradients, and bf16 throughout.
-PATHS: tl.constexpr = tl.constexpr(((0, 0, 0, 2), (0, 2, 0, 2), (2, 2, 2, 2)))
-N_PATHS: tl.constexpr = tl.constexpr(len(PATHS.value))
+_PATHS = ((0, 0, 0, 2), (0, 2, 0, 2), (2, 2, 2, 2))
+PATHS: tl.constexpr = tl.constexpr(tuple(code for path in _PATHS for code in path))
+N_PATHS: tl.constexpr = tl.constexpr(len(_PATHS))
 TENSOR_ROW: tl.constexpr = tl.constexpr(12)
 
 
@@ -52,10 +53,6 @@ class AdamWEMATensors:
         lists = self.exp_avgs, self.exp_avg_sqs, self.targets, self.param_copies, self.target_copies
         return list(zip(self.params, *lists, strict=True))
 
-    def addresses(self) -> list[tuple[int, torch.dtype | None]]:
-        """Where all of them lie."""
-        return addresses([tensor for row in self.rows() for tensor in row])
-
     def obstacle(self) -> str | None:
         """Why the kernel cannot take these tensors, if it cannot."""
         device, seen = self.params[0].device, set()
@@ -87,45 +84,64 @@ class AdamWEMATensors:
             rows.append([row[0].numel(), group, *places, *codes])
         return rows
 
-    def gradient_table(self, grads: Sequence[Tensor | None]) -> list[list[int]]:
-        """The rows of the gradient table.
+    def paths(self) -> list[dict[torch.dtype | None, int]]:
+        """For each parameter, the path for an aligned gradient of each dtype, or for none."""
+        return [
+            {dtype: _path(row, code) for dtype, code in ((None, None), *DTYPE_CODES.items())} for row in self.rows()
+        ]
+
+    def gradient_table(
+        self, grads: Sequence[Tensor | None], paths: Sequence[dict[torch.dtype | None, int]]
+    ) -> list[list[int]]:
+        """The rows of the gradient table, with `paths()` from before.
 
         Raises:
-            ValueError: a gradient of a parameter that has no moments.
+            ValueError: a gradient of a parameter that has no moments, or one that is not fp32, fp16 or bf16.
         """
         rows = []
-        for i, (row, grad) in enumerate(zip(self.rows(), grads, strict=True)):
+        for i, (param, m, grad, path) in enumerate(zip(self.params, self.exp_avgs, grads, paths, strict=True)):
             if grad is None:
-                rows.append([0, 0, 0, _path(row, None)])
+                rows.append([0, 0, 0, path[None]])
                 continue
-            if row[1] is None or row[2] is None:
+            dtype, place = grad.dtype, grad.data_ptr()
+            if m is None:
                 raise ValueError(f"parameter {i} has a gradient and no moments")
-            place = grad.data_ptr() or VECTOR_BYTES  # an empty gradient lies nowhere, and its step counts
-            rows.append([place, DTYPE_CODES[grad.dtype], is_aligned(grad), _path(row, grad)])
+            if dtype not in DTYPE_CODES or grad.shape != param.shape:
+                raise ValueError(f"gradient {list(grad.shape)} {dtype} for parameter {i} {list(param.shape)}")
+            aligned = place % VECTOR_BYTES == 0
+            # An empty gradient lies nowhere, and its step counts.
+            rows.append([place or VECTOR_BYTES, DTYPE_CODES[dtype], aligned, path[dtype] if aligned else N_PATHS.value])
         return rows
 
 
-def laid_as(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient, copied if it lies unlike its parameter.
+def laid_as(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, those copied that lie unlike their parameters.
 
     Raises:
-        ValueError: a gradient that is sparse, or not of the parameter's shape, or not fp32, fp16 or bf16.
+        ValueError: a gradient that is sparse.
     """
-    if grad.layout != torch.strided or grad.dtype not in DTYPE_CODES or grad.shape != param.shape:
-        raise ValueError(f"gradient {list(grad.shape)} {grad.dtype} {grad.layout} for a parameter {list(param.shape)}")
-    return grad if lie_alike(param, grad) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    laid: list[Tensor | None] = []
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None or (grad.layout is torch.strided and lie_alike(param, grad)):
+            laid.append(grad)
+        elif grad.layout is torch.strided:
+            laid.append(torch.empty_like(param, dtype=grad.dtype).copy_(grad))
+        else:
+            raise ValueError(f"AdamWEMA does not take {grad.layout} gradients; one of shape {list(grad.shape)} is")
+    return laid
 
 
 def _code(tensor: Tensor | None) -> int | None:
     return None if tensor is None else DTYPE_CODES[tensor.dtype]
 
 
-def _path(row: Sequence[Tensor | None], grad: Tensor | None) -> int:
+def _path(row: Sequence[Tensor | None], grad_code: int | None) -> int:
     """The first of `PATHS` that fits: every tensor aligned, and of the dtype wanted or not there."""
     param, _, _, target, param_copy, target_copy = row
-    found = [_code(t) for t in (param, grad, target, param_copy, target_copy)]
-    if is_aligned(*row, grad):
-        for i, (p, g, t, c) in enumerate(PATHS.value):
-            if all(code in (None, wanted) for code, wanted in zip(found, (p, g, t, c, c), strict=True)):
+    p, t, c, d = (_code(tensor) for tensor in (param, target, param_copy, target_copy))
+    if is_aligned(*row):
+        for i, (p_code, g_code, t_code, copy_code) in enumerate(_PATHS):
+            pairs = ((p, p_code), (grad_code, g_code), (t, t_code), (c, copy_code), (d, copy_code))
+            if all(code in (None, wanted) for code, wanted in pairs):
                 return i
     return N_PATHS.value

@@ -118,7 +118,8 @@ class MultiTensorEMA:
     def __init__(self, targets: Iterable[Tensor], sources: Iterable[Tensor]):
         self._targets, self._sources = list(targets), list(sources)
         _check_pairs(self._targets, self._sources)
-        self._addresses: list[tuple[int, torch.dtype | None]] | None = None
+        self._all = self._targets + self._sources
+        self._addresses: list[int | torch.dtype | None] | None = None
 
     def _build(self) -> None:
         rows, numels = [], []
@@ -164,7 +165,7 @@ class MultiTensorEMA:
                 f"momentum must be one floating element on {device}, "
                 f"got {momentum.dtype} {list(momentum.shape)} on {momentum.device}"
             )
-        found = addresses(self._targets + self._sources)
+        found = addresses(self._all)
         if found != self._addresses:
             self._build()
             self._addresses = found

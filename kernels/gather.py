@@ -507,17 +507,15 @@ def compile_cases(arch: int) -> list[CompileCase]:
             gather = {"x_ptr": rows, "rows_ptr": "*i32", "pos_ptr": rows, "y_ptr": rows}
             gather |= dict.fromkeys(("n_tokens", "n_patches", "stride_x_row", "stride_pos_row"), "i32")
             for has_pos in (False, True):
-                signature = gather if has_pos else gather | {"pos_ptr": "constexpr"}
                 constexprs = {"D": width, "HAS_POS": has_pos} | ({} if has_pos else {"pos_ptr": None})
                 name = label + (" pos" if has_pos else "")
-                cases.append(row_case("gather_rows", name, _gather_kernel, signature, config, **constexprs))
+                cases.append(row_case("gather_rows", name, _gather_kernel, gather, config, **constexprs))
             scatter = {"x_ptr": rows, "order_ptr": "*i32", "starts_ptr": "*i32", "y_ptr": rows, "n_rows": "i32"}
             scatter |= {"stride_x_row": "i32"}
             for unique in (False, True):
-                signature = scatter | {"starts_ptr": "constexpr"} if unique else scatter
                 constexprs = {"D": width, "UNIQUE": unique} | ({"starts_ptr": None} if unique else {})
                 name = label + (" unique" if unique else "")
-                cases.append(row_case("scatter_rows", name, _scatter_kernel, signature, config, **constexprs))
+                cases.append(row_case("scatter_rows", name, _scatter_kernel, scatter, config, **constexprs))
             signature = dict.fromkeys(("context_ptr", "token_ptr", "pos_ptr"), rows) | index | {"y_ptr": rows}
             signature |= dict.fromkeys(("n_tokens", "stride_context_row", "stride_pos_row"), "i32")
             cases.append(row_case("assemble_predictor", label, _assemble_kernel, signature, config, D=width))

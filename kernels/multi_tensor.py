@@ -127,9 +127,10 @@ def is_aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[tuple[int, torch.dtype | None]]:
-    """Where the tensors lie and as what: tables hold while this stays the same."""
-    return [(0, None) if t is None else (t.data_ptr(), t.dtype) for t in tensors]
+def addresses(tensors: Sequence[Tensor | None]) -> list[int | torch.dtype | None]:
+    """Where the tensors lie, then as what: tables hold while this stays the same. Asked at every step, hence flat."""
+    places = [0 if t is None else t.data_ptr() for t in tensors]
+    return [*places, *[None if t is None else t.dtype for t in tensors]]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -170,13 +171,13 @@ class MovingTable:
 
     def __init__(self, rows: int, columns: int, device: torch.device):
         self._device = device
-        self._found: list[tuple[int, torch.dtype | None]] | None = None
+        self._found: list[int | torch.dtype | None] | None = None
         self._table = torch.empty(0, dtype=torch.int64, device=device)
         self._shape = rows, columns
         self._spare: tuple[Tensor, Tensor] | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
 
-    def follow(self, found: list[tuple[int, torch.dtype | None]], rows: Callable[[], list[list[int]]]) -> Tensor:
+    def follow(self, found: list[int | torch.dtype | None], rows: Callable[[], list[list[int]]]) -> Tensor:
         """The table on the device, made anew from `rows()` if the `addresses` found are not those it was made from.
 
         Raises:

@@ -14,10 +14,10 @@ from torch import Tensor
 def gather_rows_ref(x: Tensor, rows: Tensor, pos_embed: Tensor | None = None) -> Tensor:
     """y[t] = x[rows[t]] (+ pos_embed[rows[t] % N]).
 
-    Shapes: x [R, D]; rows int [T] in 0..R-1; pos_embed [N, D] -> [T, D].
+    Shapes: x [R, D]; rows int [T] in 0..R-1; pos_embed [N, D] -> [T, D] in x's dtype.
     """
     y = x.index_select(0, rows)
-    return y if pos_embed is None else y + pos_embed.index_select(0, rows % pos_embed.shape[0])
+    return y if pos_embed is None else (y + pos_embed.index_select(0, rows % pos_embed.shape[0])).to(x.dtype)
 
 
 def scatter_rows_ref(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
@@ -33,10 +33,11 @@ def assemble_predictor_ref(
 ) -> Tensor:
     """y[t] = (context[source[t]] if source[t] >= 0 else mask_token) + pos_embed[patches[t]].
 
-    Shapes: context [Tc, D]; mask_token [D]; pos_embed [N, D]; source int [T] in -1..Tc-1; patches int [T] -> [T, D].
+    Shapes: context [Tc, D]; mask_token [D]; pos_embed [N, D]; source int [T] in -1..Tc-1; patches int [T] -> [T, D] in
+    context's dtype.
     """
     table = torch.cat([context, mask_token.to(context.dtype).view(1, -1)])  # the mask token is row -1
-    return table.index_select(0, source % table.shape[0]) + pos_embed.index_select(0, patches)
+    return (table.index_select(0, source % table.shape[0]) + pos_embed.index_select(0, patches)).to(context.dtype)
 
 
 def ragged_attention_ref(

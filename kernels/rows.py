@@ -84,17 +84,22 @@ def row_case(
     name: str, label: str, kernel: Any, signature: dict[str, str], config: LaunchConfig, **constexprs: Any
 ) -> CompileCase:
     """A compile case of a row kernel: tables that start and step by multiples of 16, as the shipped widths do."""
-    blocks = {"BLOCK_T": config.block_t, "BLOCK_D": config.block_d}
-    constexprs |= {name: size for name, size in blocks.items() if name in kernel.arg_names}
+    constexprs |= {"BLOCK_T": config.block_t, "BLOCK_D": config.block_d}
+    constexprs = {a: constexprs[a] for a in kernel.arg_names if a in constexprs}
+    signature = {a: "constexpr" if a in constexprs else signature[a] for a in kernel.arg_names}
     return CompileCase(
         name=name,
         config=f"{label} {config}",
         kernel=kernel,
-        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        signature=signature,
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aligned=tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride_") or a == "width"),
+        aligned=tuple(
+            a
+            for a, kind in signature.items()
+            if kind != "constexpr" and (a.endswith("_ptr") or a.startswith("stride_") or a == "width")
+        ),
     )
 
 

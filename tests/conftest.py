@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=f"no CUDA GPU here, so not run: {item.name}"))
+            name = getattr(item, "originalname", item.name)  # one line of the summary for all its parameters
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA GPU here, so not run: {name}"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjepa import ops
+from fastjepa.nn.norm import LayerNorm
 from fastjepa.nn.ragged_attention import RaggedAttention
 
 
@@ -22,6 +25,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
+        if ops.library.takes_kernels(x) and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
+            return self.drop(self.fc2(self.drop(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -64,7 +69,7 @@ class Block(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -75,8 +80,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
         """Apply the block to every sequence on its own."""
-        attended = self.attn(self.norm1(x), offsets, max_length, keep)
+        attended = self.drop_path(self.attn(self.norm1(x), offsets, max_length, keep), offsets, keep)
         if keep is not None:
-            x = x.index_select(0, keep)
-        x = x + self.drop_path(attended, offsets, keep)
-        return x + self.drop_path(self.mlp(self.norm2(x)), offsets, keep)
+            x = ops.take_rows(x, keep)
+        if isinstance(self.norm2, LayerNorm):
+            y, x = self.norm2(attended, x)
+        else:
+            x = x + attended
+            y = self.norm2(x)
+        return x + self.drop_path(self.mlp(y), offsets, keep)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastjepa.nn.block import Block
+from fastjepa.nn.norm import LayerNorm
 
-LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+LAYER_NORM = partial(LayerNorm, eps=1e-6)
 
 
 def init_weights(model: nn.Module, std: float = 0.02) -> None:

@@ -107,13 +107,11 @@ class VisionTransformerPredictor(nn.Module):
         return predicted if ragged else predicted.values.view(predicted.num_sequences, -1, values.shape[-1])
 
     def _predict(self, context: Tensor, layout: PredictorLayout) -> Ragged:
-        x = ops.assemble_predictor(
-            self.predictor_embed(context),
-            self.mask_token.view(-1),
-            self.predictor_pos_embed[0],
-            layout.source,
-            layout.patches,
-        )
+        positions = self.predictor_pos_embed[0]
+        context = self.predictor_embed(context)
+        # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions.
+        context = context.to(torch.promote_types(context.dtype, positions.dtype))
+        x = ops.assemble_predictor(context, self.mask_token.view(-1), positions, layout.source, layout.patches)
         last = len(self.predictor_blocks) - 1
         for depth, block in enumerate(self.predictor_blocks):
             # Nothing reads the context's output, so the last block makes that of the mask tokens alone.

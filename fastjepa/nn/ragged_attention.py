@@ -42,4 +42,4 @@ class RaggedAttention(nn.Module):
         dropout = self.attn_drop if self.training else 0.0
         y = ops.ragged_attention(qkv, offsets, max_length, self.scale, dropout)
         y = y.flatten(1)
-        return self.proj_drop(self.proj(y if keep is None else y.index_select(0, keep)))
+        return self.proj_drop(self.proj(y if keep is None else ops.take_rows(y, keep)))

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastjepa import ops
 from fastjepa.nn.block import Block
 from fastjepa.nn.init import LAYER_NORM, init_weights, rescale_residuals
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.position import interpolate_positions, sincos_positions
-from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
+from fastjepa.ragged import Ragged, masks_to_ragged
 
 
 class VisionTransformer(nn.Module):
@@ -90,8 +91,7 @@ class VisionTransformer(nn.Module):
             offsets = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * count
             return self._encode(x, offsets, count).view(batch, count, -1)
         index = masks if isinstance(masks, Ragged) else masks_to_ragged(masks)
-        rows = image_rows(index, batch, count)
-        x = self.patch_embed.embed(patches.flatten(0, 1).index_select(0, rows))
+        x = self.patch_embed.embed(ops.gather_tokens(patches, index).values)
         x = x + positions[0].index_select(0, index.values)
         x = self._encode(x, index.offsets, index.max_length)
         return index.with_values(x) if isinstance(masks, Ragged) else x.view(index.num_sequences, -1, x.shape[-1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.kernels.reference import ragged_attention_ref
+from fastjepa.ops import library
 
 
 def ragged_attention(
@@ -18,7 +19,8 @@ def ragged_attention(
         offsets: int32 [S + 1]; sequence s is tokens `offsets[s]:offsets[s + 1]`. Empty sequences are fine.
         max_length: tokens of the longest sequence (or a bound on it), a host int.
         scale: d ** -0.5 unless given.
-        dropout: probability of dropping an attention weight (training only; the caller says when).
+        dropout: probability of dropping an attention weight (training only; the caller says when). Dropout, fp64, and
+            head widths that 8 does not divide or above 128 run on torch's scaled_dot_product_attention everywhere.
 
     Returns:
         [T, H, d] in qkv's dtype.
@@ -42,4 +44,16 @@ def ragged_attention(
         raise ValueError(
             f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {qkv.shape[0]}"
         )
+    if scale is None:
+        scale = qkv.shape[3] ** -0.5
+    if library.takes_kernels(qkv) and dropout == 0.0 and _kernel_takes(qkv, scale):
+        from fastjepa.kernels.attention import ragged_attention as kernel
+
+        return library.call(kernel, qkv, offsets, max_length, scale)
     return ragged_attention_ref(qkv, offsets, max_length, scale, dropout)
+
+
+def _kernel_takes(qkv: Tensor, scale: float) -> bool:
+    """What the kernel has: 16- and 32-bit floats, head widths that 8 divides up to 128, a positive scale."""
+    width = qkv.shape[3]
+    return qkv.dtype != torch.float64 and width % 8 == 0 and 8 <= width <= 128 and scale > 0

@@ -9,15 +9,15 @@ import torch
 # Operation -> the module of fastjepa.kernels that its CUDA path launches; None where it is PyTorch on every device.
 # A test compares this with what fastjepa imports, so that it cannot say more or less than what runs.
 KERNELS: dict[str, str | None] = {
-    "gather_tokens": None,
-    "scatter_tokens": None,
-    "assemble_predictor": None,
-    "ragged_attention": None,
-    "jepa_loss": None,
-    "ema_update_": None,
-    "AdamWEMA": None,
-    "layer_norm": None,
-    "gelu": None,
+    "gather_tokens": "gather",
+    "scatter_tokens": "gather",
+    "assemble_predictor": "gather",
+    "ragged_attention": "attention",
+    "jepa_loss": "jepa_loss",
+    "ema_update_": "ema",
+    "AdamWEMA": "adamw_ema",
+    "layer_norm": "layer_norm",
+    "gelu": "gelu",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.kernels.reference import ema_update_ref_
+from fastjepa.ops import library
 
 
 @torch.no_grad()
@@ -33,4 +34,9 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     for place, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if target.shape != source.shape:
             raise ValueError(f"pair {place} has shapes {list(target.shape)} and {list(source.shape)}")
-    ema_update_ref_(targets, sources, momentum)
+    if targets and all(library.takes_kernels(t) for t in targets):
+        from fastjepa.kernels.ema import ema_update_ as kernel
+
+        kernel(targets, sources, momentum)
+    else:
+        ema_update_ref_(targets, sources, momentum)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, scatter_rows_ref
+from fastjepa.ops import library
 from fastjepa.ragged import Ragged, image_rows, sequence_ids
 
 
@@ -18,7 +19,7 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> 
         pos_embed: [N, D].
 
     Returns:
-        `Ragged` of tokens [T, D] with the offsets of `index`.
+        `Ragged` of tokens [T, D] in x's dtype with the offsets of `index`.
 
     Raises:
         ValueError: shapes or dtypes other than these, or sequences that do not fit B images.
@@ -34,7 +35,7 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> 
     if pos_embed is not None and pos_embed.shape != (patches, width):
         raise ValueError(f"pos_embed must be [N, D] = [{patches}, {width}], got {list(pos_embed.shape)}")
     rows = image_rows(index, batch, patches)
-    return index.with_values(gather_rows_ref(x.reshape(-1, width), rows, pos_embed))
+    return index.with_values(_gather(x.reshape(-1, width), rows, pos_embed))
 
 
 def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
@@ -55,7 +56,13 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
             f"tokens must be [T, D] with the T = {index.values.shape[0]} of index, got {list(tokens.values.shape)}"
         )
     rows = sequence_ids(index) * num_tokens + index.values
-    flat = scatter_rows_ref(tokens.values, rows, index.num_sequences * num_tokens)
+    num_rows = index.num_sequences * num_tokens
+    if library.takes_kernels(tokens.values):
+        from fastjepa.kernels.gather import scatter_rows as kernel
+
+        flat = library.call(kernel, tokens.values, rows, num_rows)
+    else:
+        flat = scatter_rows_ref(tokens.values, rows, num_rows)
     return flat.view(index.num_sequences, num_tokens, -1)
 
 
@@ -83,7 +90,32 @@ def assemble_predictor(
         )
     if source.dim() != 1 or source.shape != patches.shape:
         raise ValueError(f"source and patches must both be [T], got {list(source.shape)} and {list(patches.shape)}")
+    if library.takes_kernels(context):
+        from fastjepa.kernels.gather import assemble_predictor as kernel
+
+        return library.call(kernel, context, mask_token, pos_embed, source, patches)
     return assemble_predictor_ref(context, mask_token, pos_embed, source, patches)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], no row named twice.
+
+    Shapes: x [R, D]; rows int32 or int64 [T] in 0..R-1 (not checked on a device) -> [T, D].
+
+    Raises:
+        ValueError: shapes other than these.
+    """
+    if x.dim() != 2 or rows.dim() != 1:
+        raise ValueError(f"expected x [R, D] and rows [T], got {list(x.shape)} and {list(rows.shape)}")
+    return _gather(x, rows, None, unique=True)
+
+
+def _gather(x: Tensor, rows: Tensor, pos_embed: Tensor | None, unique: bool = False) -> Tensor:
+    if library.takes_kernels(x):
+        from fastjepa.kernels.gather import gather_rows as kernel
+
+        return library.call(kernel, x, rows, pos_embed, unique)
+    return gather_rows_ref(x, rows, pos_embed)
 
 
 def _check_index(index: Ragged) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.kernels.reference import jepa_loss_ref
+from fastjepa.ops import library
 from fastjepa.pairing import Pairing, select_sequences
 from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
@@ -47,4 +48,9 @@ def jepa_loss(prediction: Tensor | Ragged, target_features: Tensor, masks_pred: 
         else:
             target_of = Pairing.mask_major(contexts, masks.num_sequences // batch, batch, rows.device).target_of
         rows = rows.index_select(0, select_sequences(masks, target_of, flat.shape[0]).values)
-    return jepa_loss_ref(flat, target_features.reshape(-1, width), rows)
+    features = target_features.detach().reshape(-1, width)
+    if library.takes_kernels(flat):
+        from fastjepa.kernels.jepa_loss import jepa_loss as kernel
+
+        return library.call(kernel, flat, features, rows, 1e-5)
+    return jepa_loss_ref(flat, features, rows)

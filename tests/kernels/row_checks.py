@@ -1,4 +1,4 @@
-"""What the tests of the row kernels share: the error rule, counted launches, strange layouts, compiled resources.
+"""What the tests of the kernels share: the error rule, counted launches, strange layouts, compiled resources.
 
 Run as a module it compiles shipped configurations for a chip that need not be there, and prints what came of it:
 `python -m tests.kernels.row_checks gelu 80 "d5120 bf16"`.

@@ -85,7 +85,7 @@ def check_scatter(
 
 
 def predictor_inputs(tokens: int, width: int, dtype: torch.dtype, index: torch.dtype = torch.int32) -> list:
-    """context, mask_token, pos_embed, source, patches: every context token several times, a third of them mask tokens."""
+    """context, mask_token, pos_embed, source, patches: context tokens repeat, a third are mask tokens."""
     context = max(1, tokens // 6)
     source = some_rows(tokens, context, dtype=index)
     source[::3] = -1

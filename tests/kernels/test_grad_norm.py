@@ -65,7 +65,7 @@ def test_partial_sums_fit(arch: int):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_without_spills_and_with_wide_loads(arch: int):
     for case in assert_compiles_well("grad_norm", arch, "", 1):
-        assert case["registers"] <= 40, case  # six programs to a multiprocessor
+        assert case["registers"] <= 48, case  # five programs to a multiprocessor
 
 
 @pytest.mark.gpu
