@@ -24,7 +24,9 @@ def main() -> int:
     else:
         from benchmarks import step
 
-        rows = step.measure(arguments.model, arguments.patch_size, arguments.batch_size, arguments.steps, arguments.threads)
+        rows = step.measure(
+            arguments.model, arguments.patch_size, arguments.batch_size, arguments.steps, arguments.threads
+        )
         text = _table(rows)
     if arguments.json == "-":
         print(json.dumps(rows, indent=1))
@@ -39,10 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     codegen = suites.add_parser("codegen", help="compile every kernel for chips that need not be here")
-    codegen.add_argument("--sm", type=int, action="append", choices=(80, 86, 89, 90, 100, 120), help="default: 80 to 100")
+    codegen.add_argument(
+        "--sm", type=int, action="append", choices=(80, 86, 89, 90, 100, 120), help="default: 80 to 100"
+    )
     masks = suites.add_parser("masks", help="what drawing masks costs")
     step = suites.add_parser("step", help="whole training steps, naive eager and ours, in one run")
-    step.add_argument("--model", default="vit_small", choices=[f"vit_{s}" for s in ("tiny", "small", "base", "large", "huge")])
+    step.add_argument(
+        "--model", default="vit_small", choices=[f"vit_{s}" for s in ("tiny", "small", "base", "large", "huge")]
+    )
     step.add_argument("--patch-size", type=int, default=16)
     step.add_argument("--batch-size", type=int, default=16)
     step.add_argument("--steps", type=int, default=8)

@@ -29,8 +29,8 @@ LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]*")
 class Compiled:
     """What one kernel configuration became on one chip.
 
-    registers: of a thread. spill_bytes: stack and local memory of a thread. shared_bytes: of a program. mma_instructions:
-    tensor-core instructions by kind, as they stand in the code. load_bits: widest global load.
+    registers: of a thread. spill_bytes: stack and local memory of a thread. shared_bytes: of a program.
+    mma_instructions: tensor-core instructions by kind, as they stand in the code. load_bits: widest global load.
     """
 
     kernel: str

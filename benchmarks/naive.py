@@ -1,9 +1,9 @@
 """The I-JEPA step as it is usually written in eager PyTorch: the baseline of the `step` suite.
 
-An independent implementation of what the published training code does, with the same costs: every patch embedded and then
-most dropped, attention weights materialised, indices repeated over the width for each gather, one multiply-add per
-parameter for the EMA, one gradient norm per weight, AdamW as torch builds it by default. Parameter names are the official
-ones, so it shares weights with `fastjepa.IJEPA`.
+An independent implementation of what the published training code does, with the same costs: every patch embedded and
+then most dropped, attention weights materialised, indices repeated over the width for each gather, one multiply-add per
+parameter for the EMA, one gradient norm per weight, AdamW as torch builds it by default. Parameter names are the
+official ones, so it shares weights with `fastjepa.IJEPA`.
 """
 
 from __future__ import annotations

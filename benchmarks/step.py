@@ -79,8 +79,9 @@ class FastStep:
         return loss.item()
 
 
-def _timed(step: FastStep | NaiveStep, images: torch.Tensor, masks) -> tuple[float, float]:
+def _timed(step: FastStep | NaiveStep, images: torch.Tensor, masks: tuple) -> tuple[float, float]:
     """(seconds, loss) of a step."""
     start = time.perf_counter()
-    loss = step.step(images, *masks, MOMENTUM)
+    masks_enc, masks_pred = masks
+    loss = step.step(images, masks_enc, masks_pred, MOMENTUM)
     return time.perf_counter() - start, loss

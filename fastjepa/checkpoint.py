@@ -40,7 +40,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, not a dict with {', '.join(MODELS)}")
     missing = [name for name in (*MODELS, "epoch") if name not in state]
     if missing:
-        raise ValueError(f"checkpoint {path} lacks {', '.join(missing)}; it has {', '.join(map(str, state)) or 'nothing'}")
+        raise ValueError(
+            f"checkpoint {path} lacks {', '.join(missing)}; it has {', '.join(map(str, state)) or 'nothing'}"
+        )
     for name in MODELS:
         if not isinstance(state[name], dict) or not all(isinstance(v, Tensor) for v in state[name].values()):
             raise ValueError(f"checkpoint {path}: {name} is not a state dict of tensors")

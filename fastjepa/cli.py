@@ -12,13 +12,16 @@ from fastjepa import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fastjepa ARGV`; returns the exit status: 0, 2 for bad input (one line on stderr), 1 for a run that failed."""
+    """Run `fastjepa ARGV`; the exit status is 0, 2 for bad input (one line on stderr), 1 for a run that failed."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("fastjepa: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        return 0
     except (ValueError, OSError, FloatingPointError) as error:
         if arguments.traceback:
             raise

@@ -32,7 +32,9 @@ class DataConfig:
     use_gaussian_blur: bool = False
     num_workers: int = 10
     pin_mem: bool = True
-    max_corrupt: float = 0.01  # fraction of unreadable images that is still skipped (a few in a small folder always are)
+    max_corrupt: float = (
+        0.01  # fraction of unreadable images that is still skipped (a few in a small folder always are)
+    )
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     `path` may also be the name of a shipped configuration, such as `in1k_vith14_ep300`.
 
     Raises:
-        ValueError: a file that is not there or is no YAML, an unknown key (the nearest is suggested), a wrong type, or a
-            missing key; names the key or the file.
+        ValueError: a file that is not there or is no YAML, an unknown key (the nearest is suggested), a wrong type, or
+            a missing key; names the key or the file.
     """
     path = _find(Path(path))
     try:
@@ -180,7 +182,7 @@ def shipped_configs() -> dict[str, Path]:
     return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
-SECTIONS: dict[str, type] = {name: kind for name, kind in typing.get_type_hints(Config).items() if is_dataclass(kind)}
+SECTIONS: dict[str, Any] = {name: kind for name, kind in typing.get_type_hints(Config).items() if is_dataclass(kind)}
 
 
 def _find(path: Path) -> Path:
@@ -277,7 +279,9 @@ def _check(config: Config, source: str) -> None:
         "optimization.warmup must be at least 0": optimization.warmup < 0,
         "optimization.ipe_scale must be above 0": optimization.ipe_scale <= 0,
         "optimization.ema must be two numbers in 0..1": not all(0 <= m <= 1 for m in optimization.ema),
-        "logging.every and logging.watch_every must be at least 1": min(config.logging.every, config.logging.watch_every)
+        "logging.every and logging.watch_every must be at least 1": min(
+            config.logging.every, config.logging.watch_every
+        )
         < 1,
         "runtime.save_every and runtime.keep must be at least 1": min(runtime.save_every, runtime.keep) < 1,
         "runtime.seed must be at least 0": runtime.seed < 0,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastjepa.ragged import Ragged
 
-# Dense bf16 tensor-core peak in FLOP/s with fp32 accumulation, from NVIDIA's data sheets; SXM parts where there are two.
+# Dense bf16 tensor-core peak in FLOP/s, fp32 accumulation, from NVIDIA's data sheets; SXM parts where there are two.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989.4e12,

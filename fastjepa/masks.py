@@ -31,8 +31,8 @@ class MaskCollator:
         min_keep: every mask has more patches than this.
         ragged: False gives the official lists of int64 [B, K], cut to the batch's shortest; True two `Ragged` of int32
             patch indices with nothing cut.
-        seed: masks follow from (seed, step) alone, `step` counting calls; in a DataLoader worker also from that worker's
-            own seed. `state_dict` and `load_state_dict` carry them over.
+        seed: masks follow from (seed, step) alone, `step` counting calls; in a DataLoader worker also from that
+            worker's own seed. `state_dict` and `load_state_dict` carry them over.
 
     Called on a list of samples -> (collated samples, masks_enc, masks_pred).
 
@@ -141,7 +141,7 @@ class MaskCollator:
         return bits[:, :, : self.width].reshape(len(image), -1).view(bool)
 
     def _blocks(self, size: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """uint64 [..., H, words]: the patches of each block, one bit each, a row of patches in as many words as it needs."""
+        """uint64 [..., H, words]: the patches of each block, a bit each, a row of patches in as many words as it needs."""
         words = -(-self.width // 64)
         columns = np.arange(self.width)
         inside = (columns >= columns[:, None]) & (columns < columns[:, None] + size[1])  # [left, column]
@@ -191,7 +191,9 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor]) -> Tensor:
     """
     masks = [masks] if isinstance(masks, Tensor) else list(masks)
     if x.dim() != 3 or not masks or any(m.dim() != 2 or m.shape[0] != x.shape[0] for m in masks):
-        raise ValueError(f"x must be [B, N, D] and masks [B, K], got {list(x.shape)} and {[list(m.shape) for m in masks]}")
+        raise ValueError(
+            f"x must be [B, N, D] and masks [B, K], got {list(x.shape)} and {[list(m.shape) for m in masks]}"
+        )
     start = (torch.arange(x.shape[0], device=x.device) * x.shape[1]).view(-1, 1)
     rows = torch.cat([start + m for m in masks])  # [len(masks) * B, K]
     return x.flatten(0, 1).index_select(0, rows.view(-1)).view(*rows.shape, x.shape[2])

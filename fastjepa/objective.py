@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +42,12 @@ class IJEPA(nn.Module):
         return features
 
     def predict(
-        self, images: Tensor, masks_enc: Sequence[Tensor] | Ragged, masks_pred: Sequence[Tensor] | Ragged
+        self, images: Tensor, masks_enc: list[Tensor] | Ragged, masks_pred: list[Tensor] | Ragged
     ) -> Tensor | Ragged:
         """The predictor's output for the encoder's contexts; forms as in `VisionTransformerPredictor`."""
         return self.predictor(self.encoder(images, masks_enc), masks_enc, masks_pred)
 
-    def loss(
-        self, images: Tensor, masks_enc: Sequence[Tensor] | Ragged, masks_pred: Sequence[Tensor] | Ragged
-    ) -> Tensor:
+    def loss(self, images: Tensor, masks_enc: list[Tensor] | Ragged, masks_pred: list[Tensor] | Ragged) -> Tensor:
         """The objective of a batch, a scalar to call `backward` on.
 
         Shapes: images [B, C, H, W]; masks as `VisionTransformer` and `VisionTransformerPredictor` take them.
@@ -61,7 +58,7 @@ class IJEPA(nn.Module):
         return self.forward(images, masks_enc, masks_pred)[0]
 
     def forward(
-        self, images: Tensor, masks_enc: Sequence[Tensor] | Ragged, masks_pred: Sequence[Tensor] | Ragged
+        self, images: Tensor, masks_enc: list[Tensor] | Ragged, masks_pred: list[Tensor] | Ragged
     ) -> tuple[Tensor, Tensor]:
         """(loss, target features [B, N, D]); the features are for whoever watches them for collapse."""
         features = self.target_features(images)

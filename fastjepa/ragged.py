@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,7 @@ class Ragged:
         if values.dim() < 1:
             raise ValueError(f"Ragged values need a token dimension first: [T, ...], got shape {list(values.shape)}")
         if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int32:
-            raise ValueError(
-                f"Ragged offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}"
-            )
+            raise ValueError(f"Ragged offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}")
         if not isinstance(self.per_image, int) or self.per_image < 1 or self.num_sequences % self.per_image:
             raise ValueError(
                 f"Ragged holds {self.num_sequences} sequences, which per_image={self.per_image} does not divide"
@@ -132,7 +131,9 @@ class Ragged:
         if not tensors:
             raise ValueError("Ragged.from_list needs at least one tensor")
         if any(t.dim() < 1 or t.shape[1:] != tensors[0].shape[1:] for t in tensors):
-            raise ValueError(f"Ragged.from_list needs [L, ...] of one trailing shape, got {[list(t.shape) for t in tensors]}")
+            raise ValueError(
+                f"Ragged.from_list needs [L, ...] of one trailing shape, got {[list(t.shape) for t in tensors]}"
+            )
         lengths = [len(t) for t in tensors]
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         values = torch.cat(list(tensors))
@@ -147,7 +148,8 @@ class Ragged:
         """
         if not nested.is_nested or nested.layout != torch.jagged:
             raise ValueError("Ragged.from_nested needs torch.nested with layout=torch.jagged")
-        return cls(nested.values(), nested.offsets().to(torch.int32), per_image)
+        jagged: Any = nested
+        return cls(jagged.values(), jagged.offsets().to(torch.int32), per_image)
 
     def to_nested(self) -> Tensor:
         """As a jagged nested tensor [S, *, ...], sharing `values`."""
@@ -160,14 +162,14 @@ def masks_to_ragged(masks: Sequence[Tensor] | Tensor) -> Ragged:
     Raises:
         ValueError: no masks, or masks that are not integer tensors of one shape [B, K].
     """
-    masks = [masks] if isinstance(masks, Tensor) else list(masks)
-    if not masks or any(m.dim() != 2 or m.shape != masks[0].shape or m.is_floating_point() for m in masks):
+    listed = [masks] if isinstance(masks, Tensor) else list(masks)
+    if not listed or any(m.dim() != 2 or m.shape != listed[0].shape or m.is_floating_point() for m in listed):
         raise ValueError(
-            f"masks must be integer tensors of one shape [B, K], got {[(m.dtype, list(m.shape)) for m in masks]}"
+            f"masks must be integer tensors of one shape [B, K], got {[(m.dtype, list(m.shape)) for m in listed]}"
         )
-    batch, length = masks[0].shape
-    offsets = torch.arange(len(masks) * batch + 1, dtype=torch.int32, device=masks[0].device) * length
-    return Ragged(torch.cat(masks).view(-1), offsets, max_length=length)
+    batch, length = listed[0].shape
+    offsets = torch.arange(len(listed) * batch + 1, dtype=torch.int32, device=listed[0].device) * length
+    return Ragged(torch.cat(listed).view(-1), offsets, max_length=length)
 
 
 def sequence_ids(index: Ragged) -> Tensor:

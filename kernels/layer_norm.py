@@ -49,7 +49,8 @@ def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchCo
     A lane keeps three values for each of its columns (row, dweight, dbias), so it is given fewer than in forward.
     """
     config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=4)
-    resident = 2 if dtype.itemsize == 2 and width > 768 else 3  # groups of four warps, by registers
+    columns = triton.cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
+    resident = 3 if columns <= 24 else 2  # groups of four warps, by registers: at most 168 and 248 a lane
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
     return replace(config, programs=programs)
 

@@ -35,7 +35,13 @@ def windowed(histogram):
 def test_distribution_is_the_official_one(golden):
     expected = golden("masks_in1k_vith14")
     collate = MaskCollator(**OFFICIAL, ragged=True)
-    contexts, unions, context, target, top_left = np.zeros(257), np.zeros(257), np.zeros(256), np.zeros(256), np.zeros(256)
+    contexts, unions, context, target, top_left = (
+        np.zeros(257),
+        np.zeros(257),
+        np.zeros(256),
+        np.zeros(256),
+        np.zeros(256),
+    )
     shortest = []
     for step in range(300):
         masks_enc, masks_pred = collate.sample(128, [3, step])

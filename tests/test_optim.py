@@ -219,7 +219,8 @@ def test_loading_while_running(path: tuple):
 
 
 @BOTH
-def test_step_numbers_written_in_place_count(path: tuple):
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "replaced"])
+def test_step_numbers_set_by_hand_count(path: tuple, replace: bool):
     ours, stock = params_on(path[1]), params_on(path[1])
     optimizer, theirs = AdamWEMA(ours), torch.optim.AdamW(stock)
     for step in range(2):
@@ -227,7 +228,7 @@ def test_step_numbers_written_in_place_count(path: tuple):
             set_grads(params, step)
             one.step()
             for p in params:
-                one.state[p]["step"].fill_(100)
+                one.state[p]["step"] = torch.tensor(100.0) if replace else one.state[p]["step"].fill_(100)
     assert_equal_or_near(ours, stock, path)
 
 

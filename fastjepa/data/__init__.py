@@ -4,4 +4,12 @@ from fastjepa.data.augment import Augment, random_resized_crop
 from fastjepa.data.batches import Batch, TrainingBatches
 from fastjepa.data.folder import ImageFolder, UnreadableImage, find_images
 
-__all__ = ["Augment", "Batch", "ImageFolder", "TrainingBatches", "UnreadableImage", "find_images", "random_resized_crop"]
+__all__ = [
+    "Augment",
+    "Batch",
+    "ImageFolder",
+    "TrainingBatches",
+    "UnreadableImage",
+    "find_images",
+    "random_resized_crop",
+]

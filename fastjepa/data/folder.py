@@ -54,7 +54,8 @@ class ImageFolder:
                 return image.convert("RGB")
         # What Pillow's decoders raise on broken files: OSError mostly, the others from header parsers.
         except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"{path} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise UnreadableImage(f"{path} ({type(error).__name__}: {reason})") from error
 
 
 def find_images(root_path: str, image_folder: str = "") -> ImageFolder:

@@ -22,9 +22,8 @@ def whole_picture(image: Image.Image, size: int) -> Tensor:
     """The largest centred square of a picture, scaled: uint8 [3, size, size]."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.convert("RGB").resize(
-        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
-    )
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    square = square.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())
 
 

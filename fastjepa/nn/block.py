@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.nn.norm import LayerNorm
 from fastjepa.nn.ragged_attention import RaggedAttention
+from fastjepa.ops import library
 
 
 class MLP(nn.Module):
@@ -25,7 +26,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
-        if ops.library.takes_kernels(x) and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
+        if library.takes_kernels(x) and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
             return self.drop(self.fc2(self.drop(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
@@ -41,7 +42,7 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor, offsets: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Shapes: x [T, D] (or [M, D], the tokens `keep` of T), offsets int32 [S + 1] -> x, zero where it was dropped."""
+        """Shapes: x [T, D] (or [M, D], the tokens `keep` of T), offsets int32 [S + 1] -> x, zero where dropped."""
         if not self.training or self.probability == 0.0:
             return x
         stays = 1.0 - self.probability

@@ -27,7 +27,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def interpolate_positions(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation of [1, rows * columns, D] to another grid of patches; the same grid is returned as it is."""
+    """Bicubic interpolation of [1, rows * columns, D] to another grid of patches; the same grid comes back as it is."""
     if new_grid == grid:
         return pos_embed
     table = pos_embed.float().view(1, *grid, -1).permute(0, 3, 1, 2)

@@ -83,30 +83,26 @@ class VisionTransformerPredictor(nn.Module):
         masks_pred: Tensor | Sequence[Tensor] | Ragged,
     ) -> Tensor | Ragged:
         """Predict the features of every target patch from each context of its image."""
-        ragged = isinstance(masks_enc, Ragged)
-        if ragged != isinstance(masks_pred, Ragged) or ragged != isinstance(context, Ragged):
+        if isinstance(context, Ragged) and isinstance(masks_enc, Ragged) and isinstance(masks_pred, Ragged):
+            return self._predict(context.values, masks_enc, masks_pred, Pairing.image_major(masks_enc, masks_pred))
+        if isinstance(context, Ragged) or isinstance(masks_enc, Ragged) or isinstance(masks_pred, Ragged):
             raise ValueError("context, masks_enc and masks_pred must be all `Ragged`, or a tensor and two lists")
-        if ragged:
-            index, targets = masks_enc, masks_pred
-            pairing = Pairing.image_major(index, targets)
-            values = context.values
-        else:
-            index, targets = masks_to_ragged(masks_enc), masks_to_ragged(masks_pred)
-            nenc = 1 if isinstance(masks_enc, Tensor) else len(masks_enc)
-            npred = 1 if isinstance(masks_pred, Tensor) else len(masks_pred)
-            batch = index.num_sequences // nenc
-            if targets.num_sequences != npred * batch:
-                raise ValueError(f"masks_enc holds {batch} images and masks_pred {targets.num_sequences // npred}")
-            pairing = Pairing.mask_major(nenc, npred, batch, index.device)
-            values = context.flatten(0, 1)
-        for masks in (index, targets):
-            check_patches(masks, self.predictor_pos_embed.shape[1])
-        if len(values) != len(index.values):
-            raise ValueError(f"context has {len(values)} tokens, but masks_enc names {len(index.values)} patches")
-        predicted = self._predict(values, PredictorLayout.build(index, targets, pairing))
-        return predicted if ragged else predicted.values.view(predicted.num_sequences, -1, values.shape[-1])
+        contexts, targets = masks_to_ragged(masks_enc), masks_to_ragged(masks_pred)
+        nenc = 1 if isinstance(masks_enc, Tensor) else len(masks_enc)
+        npred = 1 if isinstance(masks_pred, Tensor) else len(masks_pred)
+        batch = contexts.num_sequences // nenc
+        if targets.num_sequences != npred * batch:
+            raise ValueError(f"masks_enc holds {batch} images and masks_pred {targets.num_sequences // npred}")
+        pairing = Pairing.mask_major(nenc, npred, batch, contexts.device)
+        predicted = self._predict(context.flatten(0, 1), contexts, targets, pairing)
+        return predicted.values.view(predicted.num_sequences, -1, predicted.values.shape[-1])
 
-    def _predict(self, context: Tensor, layout: PredictorLayout) -> Ragged:
+    def _predict(self, context: Tensor, masks_enc: Ragged, masks_pred: Ragged, pairing: Pairing) -> Ragged:
+        for masks in (masks_enc, masks_pred):
+            check_patches(masks, self.predictor_pos_embed.shape[1])
+        if len(context) != len(masks_enc.values):
+            raise ValueError(f"context has {len(context)} tokens, but masks_enc names {len(masks_enc.values)} patches")
+        layout = PredictorLayout.build(masks_enc, masks_pred, pairing)
         positions = self.predictor_pos_embed[0]
         context = self.predictor_embed(context)
         # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions.

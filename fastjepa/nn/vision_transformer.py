@@ -25,8 +25,8 @@ class VisionTransformer(nn.Module):
             with per_image contexts an image, in which nothing has to be cut.
 
     Returns:
-        Without masks [B, N, D]. With a list [len(masks) * B, K, D], mask-major. With a `Ragged` a `Ragged` [T, D] of the
-        same offsets. Only the patches that a mask keeps are embedded.
+        Without masks [B, N, D]. With a list [len(masks) * B, K, D], mask-major. With a `Ragged` a `Ragged` [T, D] of
+        the same offsets. Only the patches that a mask keeps are embedded.
 
     Raises:
         ValueError: images or masks that do not fit.

@@ -44,13 +44,12 @@ def ragged_attention(
         raise ValueError(
             f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {qkv.shape[0]}"
         )
-    if scale is None:
-        scale = qkv.shape[3] ** -0.5
-    if library.takes_kernels(qkv) and dropout == 0.0 and _kernel_takes(qkv, scale):
+    factor = qkv.shape[3] ** -0.5 if scale is None else scale
+    if library.takes_kernels(qkv) and dropout == 0.0 and _kernel_takes(qkv, factor):
         from fastjepa.kernels.attention import ragged_attention as kernel
 
-        return library.call(kernel, qkv, offsets, max_length, scale)
-    return ragged_attention_ref(qkv, offsets, max_length, scale, dropout)
+        return library.call(kernel, qkv, offsets, max_length, factor)
+    return ragged_attention_ref(qkv, offsets, max_length, factor, dropout)
 
 
 def _kernel_takes(qkv: Tensor, scale: float) -> bool:

@@ -37,9 +37,7 @@ def jepa_loss(prediction: Tensor | Ragged, target_features: Tensor, masks_pred: 
     flat = values.reshape(-1, values.shape[-1])
     tokens = masks.values.shape[0]
     if flat.shape[1] != width or (tokens and flat.shape[0] % tokens) or (not tokens and flat.shape[0]):
-        raise ValueError(
-            f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}"
-        )
+        raise ValueError(f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}")
     rows = image_rows(masks, batch, patches)
     contexts = flat.shape[0] // tokens if tokens else 1
     if contexts > 1:  # every target is predicted once from each context

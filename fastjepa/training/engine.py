@@ -30,7 +30,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which e
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to: steps done in all, the last loss, the newest checkpoint, the model, and the rows it logged."""
+    """What a run came to: steps done in all, last loss, newest checkpoint, the model, and the rows it logged."""
 
     steps: int
     loss: float
@@ -129,8 +129,8 @@ class Meter:
 def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> TrainResult:
     """Train as `config` says, from the start or from a checkpoint, to the end or to runtime.stop_after.
 
-    `on_step` is called with the trainer after each step. Ctrl-C saves a checkpoint and ends the run as if it was asked to
-    stop there.
+    `on_step` is called with the trainer after each step. Ctrl-C saves a checkpoint and ends the run as if it was asked
+    to stop there.
 
     Raises:
         ValueError: a configuration, picture folder or checkpoint that will not do; says what would.
@@ -171,7 +171,9 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
             save(log, trainer, checkpoints, rows[-1]["loss"] if rows else float("nan"), must=True)
     finally:
         log.close()
-    return TrainResult(trainer.step, rows[-1]["loss"] if rows else float("nan"), checkpoints.latest, trainer.model, rows)
+    return TrainResult(
+        trainer.step, rows[-1]["loss"] if rows else float("nan"), checkpoints.latest, trainer.model, rows
+    )
 
 
 def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
@@ -244,8 +246,8 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     masks = "ragged" if config.mask.ragged else "cut to the shortest"
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
-        f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, {len(batches.folder)} pictures in "
-        f"{batches.folder.root}, {batches.steps_per_epoch} steps an epoch, masks {masks}; {start} to step {end}"
+        f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "
+        f"{len(batches.folder)} pictures in {batches.folder.root}, {batches.steps_per_epoch} steps an epoch, masks {masks}; {start} to step {end}"
     )
 
 
@@ -269,7 +271,7 @@ def pick_device(name: str) -> torch.device:
 def seed_everything(seed: int) -> None:
     """Seed every global generator."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global generator, for whoever uses it)
+    np.random.seed(seed % 2**32)  # the global generator, for whoever uses it
     torch.manual_seed(seed)
 
 

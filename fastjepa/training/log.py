@@ -51,7 +51,7 @@ class CSVLog:
                 rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
             rows = [row for row in rows if int(row["step"]) < start]
         self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.writer = csv.DictWriter(self.file, COLUMNS + OURS, extrasaction="ignore", restval="")
+        self.writer: csv.DictWriter[str] = csv.DictWriter(self.file, COLUMNS + OURS, extrasaction="ignore", restval="")
         self.writer.writeheader()
         self.writer.writerows(rows)
         self.file.flush()

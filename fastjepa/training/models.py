@@ -32,9 +32,7 @@ def build_models(config: Config) -> IJEPA:
         raise ValueError(f"meta.model_name: unknown model {meta.model_name!r}; {hint}")
     sizes = {key: getattr(meta, key) for key in ("embed_dim", "depth", "num_heads") if getattr(meta, key) is not None}
     try:
-        encoder = getattr(models, meta.model_name)(
-            patch_size=mask.patch_size, img_size=[data.crop_size], **sizes
-        )
+        encoder = getattr(models, meta.model_name)(patch_size=mask.patch_size, img_size=[data.crop_size], **sizes)
         predictor = models.vit_predictor(
             num_patches=encoder.patch_embed.num_patches,
             embed_dim=encoder.embed_dim,
@@ -65,9 +63,7 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
 
     named = [list(model.named_parameters()) for model in (encoder, predictor)]
     decayed = [{"params": [p for n, p in pairs if not bare(n, p)]} for pairs in named]
-    plain = [
-        {"params": [p for n, p in pairs if bare(n, p)], "WD_exclude": True, "weight_decay": 0} for pairs in named
-    ]
+    plain = [{"params": [p for n, p in pairs if bare(n, p)], "WD_exclude": True, "weight_decay": 0} for pairs in named]
     return decayed + plain
 
 
@@ -81,7 +77,8 @@ def step_flops(model: IJEPA) -> StepFlops:
     encoder, predictor = model.encoder, model.predictor
 
     def tower(blocks: nn.ModuleList, width: int) -> Tower:
-        return Tower(width, len(blocks), blocks[0].mlp.fc1.out_features / width if len(blocks) else 4.0)
+        ratios = [block.mlp.fc1.out_features / width for block in blocks if isinstance(block, models.Block)]
+        return Tower(width, len(blocks), ratios[0] if ratios else 4.0)
 
     return StepFlops(
         tower(encoder.blocks, encoder.embed_dim),

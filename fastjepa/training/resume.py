@@ -90,9 +90,7 @@ def run_state(
     }
 
 
-def restore(
-    path: Path, config: Config, model: IJEPA, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> int:
+def restore(path: Path, config: Config, model: IJEPA, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> int:
     """Load a checkpoint, ours or official, into the run; returns the steps that are done.
 
     Raises:
@@ -113,8 +111,8 @@ def restore(
     if ours["steps_per_epoch"] != steps_per_epoch or ours["config"]["runtime"]["seed"] != config.runtime.seed:
         raise ValueError(
             f"checkpoint {path} is of a run with {ours['steps_per_epoch']} steps an epoch and seed "
-            f"{ours['config']['runtime']['seed']}, this one has {steps_per_epoch} and {config.runtime.seed}: the pictures, "
-            "data.batch_size or runtime.seed have changed"
+            f"{ours['config']['runtime']['seed']}, this one has {steps_per_epoch} and {config.runtime.seed}: the "
+            "pictures, data.batch_size or runtime.seed have changed"
         )
     set_random_state(ours["random"])
     return int(ours["step"])

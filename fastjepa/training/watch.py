@@ -40,13 +40,20 @@ class CollapseWatch:
         self.best_rank = max(self.best_rank, rank)
         kind, said = "", None
         if spread < SAME:
-            kind, said = "spread", (
-                f"the target features hardly differ between pictures (standard deviation {spread:.4f}): the encoder "
-                "gives the same answer for every picture, and a falling loss means nothing"
+            kind, said = (
+                "spread",
+                (
+                    f"the target features hardly differ between pictures (standard deviation {spread:.4f}): the "
+                    "encoder gives the same answer for every picture, and a falling loss means nothing"
+                ),
             )
         elif rank < max(2.0, FALL * self.best_rank):
-            kind, said = "rank", (
-                f"the target features have fallen to {rank:.1f} effective directions, from {self.best_rank:.1f} at best"
+            kind, said = (
+                "rank",
+                (
+                    f"the target features have fallen to {rank:.1f} effective directions, "
+                    f"from {self.best_rank:.1f} at best"
+                ),
             )
         fresh = kind not in ("", self.warned)
         self.warned = kind

@@ -91,9 +91,9 @@ def test_too_many_unreadable_pictures(tmp_path):
     batches = make(tmp_path)
     counter = Unreadable(batches.folder, 0.01)
     assert counter.limit == 5
+    seen = [batches[step] for step in range(20)]
     with pytest.raises(ValueError, match=r"[6-9] of the 20 pictures cannot be read, more than data.max_corrupt"):
-        for step in range(20):
-            counter.add(batches[step])
+        [counter.add(batch) for batch in seen]
 
 
 def test_nothing_readable_ends(tmp_path):

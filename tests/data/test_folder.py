@@ -47,7 +47,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert ImageFolder(tmp_path).load(0).mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 not a jpeg", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\x00" * 50])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xd8\xff\xe0 not a jpeg", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\x00" * 50]
+)
 def test_unreadable(tmp_path, content):
     (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(UnreadableImage, match=r"bad\.jpg"):

@@ -30,11 +30,15 @@ def round_as_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Placed:
-    """A tensor in NaN-filled memory of its own, aligned to 16 bytes or off by one element."""
+    """A tensor amid memory of its own, aligned to 16 bytes or off by one element.
 
-    def __init__(self, values: Tensor, dtype: torch.dtype, aligned: bool = True):
+    Around what is written lie numbers and around what is only read lie NaNs, so that a step too far changes something.
+    """
+
+    def __init__(self, values: Tensor, dtype: torch.dtype, aligned: bool = True, written: bool = True):
         before = 0 if aligned else 1
-        self.memory = torch.full((before + values.numel() + GUARD,), float("nan"), dtype=dtype, device=DEVICE)
+        around = 77.0 if written else float("nan")
+        self.memory = torch.full((before + values.numel() + GUARD,), around, dtype=dtype, device=DEVICE)
         self.inside = slice(before, before + values.numel())
         self.tensor = self.memory[self.inside].view(values.shape)
         self.tensor.copy_(values)
@@ -42,7 +46,7 @@ class Placed:
     def assert_surroundings_untouched(self) -> None:
         """Nothing was written before the tensor or after it."""
         outside = torch.cat([self.memory[: self.inside.start], self.memory[self.inside.stop :]])
-        assert outside.isnan().all()
+        assert (outside == 77.0).all()
 
 
 def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

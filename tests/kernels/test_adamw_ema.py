@@ -74,7 +74,8 @@ class Run:
 
     def gradients(self, dtype: torch.dtype | None = None, aligned: bool = True) -> list[Tensor]:
         """New ones."""
-        return [Placed(torch.randn(p.numel()), dtype or p.dtype, aligned).tensor for p in self.tensors.params]
+        params = self.tensors.params
+        return [Placed(torch.randn(p.numel()), dtype or p.dtype, aligned, written=False).tensor for p in params]
 
     def assert_surroundings_untouched(self) -> None:
         """No tensor was left."""

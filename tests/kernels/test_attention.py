@@ -27,7 +27,6 @@ from fastjepa.kernels.reference import ragged_attention_ref
 from tests.kernels.row_checks import (
     DEVICE,
     ROOT,
-    assert_as_near_as_torch,
     compare,
     launches,
     randn,
@@ -88,11 +87,11 @@ def test_equal_lengths_are_a_batch():
     check(randn(4 * 33, 3, 2, 32, dtype=torch.float16), [33] * 4)
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
     head_dim=st.sampled_from([16, 24, 72]),
-    heads=st.integers(1, 3),
+    heads=st.integers(1, 2),
     slack=st.sampled_from([0, 1, 200]),
 )
 def test_any_lengths(lengths: list[int], head_dim: int, heads: int, slack: int):
@@ -124,14 +123,15 @@ def test_no_tokens(sequences: int):
 def test_sequences_do_not_see_one_another():
     qkv = randn(sum(LENGTHS), 3, 2, 80, dtype=torch.float16)
     together, _ = attention_fwd(qkv, offsets_of(LENGTHS), max(LENGTHS), 0.1)
-    alone = [attention_fwd(part, offsets_of([n]), max(LENGTHS), 0.1)[0] for part, n in zip(qkv.split(LENGTHS), LENGTHS)]
+    parts = qkv.split(LENGTHS)
+    alone = [attention_fwd(part, offsets_of([len(part)]), max(LENGTHS), 0.1)[0] for part in parts]
     assert torch.equal(together, torch.cat(alone))
 
 
 def test_saved_log_sum_exp():
     qkv, scale = randn(43, 3, 2, 24), 0.3
     _, lse = attention_fwd(qkv, offsets_of([40, 3]), 40, scale)
-    for part, got in zip(qkv.double().split([40, 3]), lse.split([40, 3], dim=1)):
+    for part, got in zip(qkv.double().split([40, 3]), lse.split([40, 3], dim=1), strict=True):
         scores = scale * torch.einsum("qhd,khd->hqk", part[:, 0], part[:, 1])
         torch.testing.assert_close(got.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
 
@@ -175,6 +175,7 @@ def test_scale(scale: float | None):
     check(randn(43, 3, 2, 24, dtype=torch.float16), [40, 3], scale=scale)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # in rows beyond a sequence, which are dropped
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_scores_far_from_zero(sign: float):
     """Every score near -2000 or 2000, where a key that is not there would weigh most, or the exponential overflow."""
@@ -185,9 +186,9 @@ def test_scores_far_from_zero(sign: float):
 
 
 def test_repeats_bitwise():
-    qkv, upstream = randn(108, 3, 2, 80, dtype=torch.float16), randn(108, 2, 80, dtype=torch.float16)
-    offsets = offsets_of(LENGTHS)
-    first, second = (value_and_gradients(lambda x: ragged_attention(x, offsets, 65), [qkv], [upstream]) for _ in "ab")
+    qkv, upstream = randn(70, 3, 2, 80, dtype=torch.float16), randn(70, 2, 80, dtype=torch.float16)
+    offsets = offsets_of([66, 4])
+    first, second = (value_and_gradients(lambda x: ragged_attention(x, offsets, 66), [qkv], [upstream]) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -215,12 +216,12 @@ def test_head_parts_waste_little():
 
 @pytest.mark.parametrize("lengths", [[40, 3, 0], [MEDIUM + 1], [0]])
 def test_declared_launches_are_those_made(monkeypatch: pytest.MonkeyPatch, lengths: list[int]):
-    qkv, offsets, longest = randn(sum(lengths), 3, 1, 16), offsets_of(lengths), max(lengths)
+    qkv, offsets, longest = randn(sum(lengths), 3, 1, 16, dtype=torch.float16), offsets_of(lengths), max(lengths)
     out, lse = attention_fwd(qkv, offsets, longest, 0.25)
     forward = launches(monkeypatch, lambda: attention_fwd(qkv, offsets, longest, 0.25))
     backward = launches(monkeypatch, lambda: attention_bwd(out, qkv, out, lse, offsets, longest, 0.25))
-    assert forward == attention_cost(lengths, 1, 16, 4).launches
-    assert backward == attention_cost(lengths, 1, 16, 4, backward=True).launches
+    assert forward == attention_cost(lengths, 1, 16, 2).launches
+    assert backward == attention_cost(lengths, 1, 16, 2, backward=True).launches
 
 
 def test_declared_cost():
@@ -378,13 +379,8 @@ def test_more_than_2_to_the_31_elements_on_a_gpu():
     qkv = torch.randn(sum(lengths), 3, 16, 80, dtype=torch.bfloat16, device=DEVICE)
     assert qkv.numel() > 2**31
     last = qkv[-sum(tail) :]
-    got, alone = (
-        value_and_gradients(lambda x, o=offsets_of(n): ragged_attention(x, o, 300), [x], [x[:, 2]])
-        for x, n in ((qkv, lengths), (last, tail))
-    )
+    offsets, last_offsets = offsets_of(lengths), offsets_of(tail)
+    got = value_and_gradients(lambda x: ragged_attention(x, offsets, 300), [qkv], [qkv[:, 2]])
+    alone = value_and_gradients(lambda x: ragged_attention(x, last_offsets, 300), [last], [last[:, 2]])
     assert all(torch.equal(a[-sum(tail) :], b) for a, b in zip(got, alone, strict=True))
-    exact = value_and_gradients(
-        lambda x: ragged_attention_ref(x, offsets_of(tail), 300), [last], [last[:, 2]], torch.float64
-    )
-    theirs = value_and_gradients(lambda x: ragged_attention_ref(x, offsets_of(tail), 300), [last], [last[:, 2]])
-    assert_as_near_as_torch(alone, theirs, exact)
+    check(last, tail)

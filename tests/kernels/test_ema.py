@@ -28,7 +28,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def placed(sizes: list[int], target: torch.dtype, source: torch.dtype, aligned: bool = True) -> tuple[list, list]:
     return (
         [Placed(torch.randn(n), target, aligned) for n in sizes],
-        [Placed(torch.randn(n), source, aligned) for n in sizes],
+        [Placed(torch.randn(n), source, aligned, written=False) for n in sizes],
     )
 
 
@@ -67,7 +67,7 @@ def test_every_pair_of_dtypes_in_one_call(aligned: bool):
 
 def test_target_and_source_differ_in_alignment():
     targets, sources = placed([5000], torch.float32, torch.float32)
-    check(targets, [Placed(s.tensor, torch.float32, aligned=False) for s in sources], 0.996)
+    check(targets, [Placed(s.tensor, torch.float32, aligned=False, written=False) for s in sources], 0.996)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.9999, 1.0])

@@ -75,7 +75,9 @@ def test_forms_agree():
 def test_each_sequence_alone(depth):
     model = predictor(depth)
     contexts = Ragged.from_list([torch.tensor([0, 5]), torch.tensor([1, 2, 3])])
-    targets = Ragged.from_list([torch.tensor([4]), torch.tensor([6, 7]), torch.tensor([8, 9, 10]), torch.tensor([11])], 2)
+    targets = Ragged.from_list(
+        [torch.tensor([4]), torch.tensor([6, 7]), torch.tensor([8, 9, 10]), torch.tensor([11])], 2
+    )
     tokens = torch.randn(5, 32)
     together = model(contexts.with_values(tokens), contexts, targets).unbind()
     for place, target in enumerate(targets.unbind()):

@@ -56,7 +56,14 @@ def test_masks_are_the_same_in_every_form():
 def test_ragged_is_each_image_alone():
     model = vit_tiny(img_size=[64], patch_size=16, depth=2).eval()
     images = torch.randn(3, 3, 64, 64)
-    sequences = [torch.tensor([1, 5, 9]), torch.arange(0), torch.tensor([0]), torch.arange(16), torch.tensor([3, 2]), torch.arange(7)]
+    sequences = [
+        torch.tensor([1, 5, 9]),
+        torch.arange(0),
+        torch.tensor([0]),
+        torch.arange(16),
+        torch.tensor([3, 2]),
+        torch.arange(7),
+    ]
     packed = model(images, Ragged.from_list(sequences, per_image=2)).unbind()
     for place, sequence in enumerate(sequences):
         if len(sequence):
@@ -146,9 +153,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="patches 0..4"):
         model(torch.zeros(1, 3, 32, 32), [torch.tensor([[0, 4]])])
     with pytest.raises(ValueError, match="do not fit 1 images"):
-        model(torch.zeros(1, 3, 32, 32), Ragged.from_list([torch.tensor([0])] * 3, per_image=3).with_values(
-            torch.tensor([0, 0, 0]), per_image=2
-        ))
+        model(
+            torch.zeros(1, 3, 32, 32),
+            Ragged.from_list([torch.tensor([0])] * 3, per_image=3).with_values(torch.tensor([0, 0, 0]), per_image=2),
+        )
     with pytest.raises(ValueError, match="does not divide"):
         vit_tiny(img_size=[30])
     with pytest.raises(ValueError, match="does not divide the width"):

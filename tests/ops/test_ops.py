@@ -130,9 +130,7 @@ def test_rows():
             "pos_embed",
         ),
         (
-            lambda: ops.scatter_tokens(
-                Ragged.from_list([torch.zeros(2, 2)]), Ragged.from_list([torch.tensor([0])]), 3
-            ),
+            lambda: ops.scatter_tokens(Ragged.from_list([torch.zeros(2, 2)]), Ragged.from_list([torch.tensor([0])]), 3),
             "T = 1",
         ),
         (lambda: ops.jepa_loss(torch.zeros(1, 2, 4), torch.zeros(2, 4), [torch.tensor([[0, 1]])]), r"\[B, N, D\]"),

@@ -20,6 +20,11 @@ def pictures(tmp_path_factory):
     return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def equal(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -47,7 +52,7 @@ def test_resume_is_exact(pictures, tmp_path, changes, stop):
         state["fastjepa"].pop("config")
     assert equal(ours, theirs)
     assert ours["fastjepa"]["step"] == 10
-    logged = [list(csv.DictReader(open(tmp_path / name / "jepa_r0.csv"))) for name in ("whole", "parts")]
+    logged = [rows_of(tmp_path / name / "jepa_r0.csv") for name in ("whole", "parts")]
     assert [r["loss"] for r in logged[0]] == [r["loss"] for r in logged[1]]
     assert [int(r["step"]) for r in logged[1]] == list(range(10))
 
@@ -56,10 +61,9 @@ def test_rows_logged_past_the_checkpoint_are_dropped(pictures, tmp_path):
     settings = {"progress": False, "device": "cpu", "save_every": 4}
     train(tiny_config(pictures, tmp_path, runtime={**settings, "stop_after": 7}))
     (tmp_path / "jepa-latest.pth.tar").unlink()
-    (tmp_path / "jepa-step00000004.pth.tar").exists()
     meta = {"load_checkpoint": True, "read_checkpoint": "jepa-step00000006.pth.tar"}
     train(tiny_config(pictures, tmp_path, meta=meta, runtime={**settings, "stop_after": 9}))
-    rows = list(csv.DictReader(open(tmp_path / "jepa_r0.csv")))
+    rows = rows_of(tmp_path / "jepa_r0.csv")
     assert [int(r["step"]) for r in rows] == list(range(9))
 
 
