@@ -141,7 +141,7 @@ class MaskCollator:
         return bits[:, :, : self.width].reshape(len(image), -1).view(bool)
 
     def _blocks(self, size: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """uint64 [..., H, words]: the patches of each block, a bit each, a row of patches in as many words as it needs."""
+        """uint64 [..., H, words]: the patches of each block, a bit each, as many words to a row as it needs."""
         words = -(-self.width // 64)
         columns = np.arange(self.width)
         inside = (columns >= columns[:, None]) & (columns < columns[:, None] + size[1])  # [left, column]

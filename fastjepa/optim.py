@@ -76,7 +76,7 @@ class AdamWEMA(torch.optim.AdamW):
     ):
         self._tables: MultiTensorAdamWEMA | None = None
         self._states: list[dict[str, Any]] = []  # those of the tables
-        self._state_tensors: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # each with its step and exp_avg
+        self._state_tensors: list[tuple[dict[str, Any], dict[str, Any]]] = []  # each with what it held then
         self._outdated: list[MultiTensorAdamWEMA] = []  # those that a captured CUDA graph still reads
         self._warned = False
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -236,7 +236,7 @@ class AdamWEMA(torch.optim.AdamW):
             tables is not None
             and _same(params, tables.tensors.params)
             and _same(self.state.values(), self._states)
-            and all(s.get("step") is step and s.get("exp_avg") is m for s, step, m in self._state_tensors)
+            and all(s.get(name) is tensor for s, tensors in self._state_tensors for name, tensor in tensors.items())
             and all(g is None or m is not None for g, m in zip(grads, tables.tensors.exp_avgs, strict=True))
             and tables.is_current()
         )
@@ -267,7 +267,7 @@ class AdamWEMA(torch.optim.AdamW):
         for i, state in enumerate(states):
             if state:
                 state["step"] = self._tables.step_of(i)
-                self._state_tensors.append((state, state["step"], state["exp_avg"]))
+                self._state_tensors.append((state, state.copy()))
 
     def _say_once(self, obstacle: str) -> None:
         if not self._warned:

@@ -1,4 +1,4 @@
-"""AdamW, moving average of the target, and low-precision copies of both, over every parameter group in one launch.
+"""AdamW (arXiv 1711.05101), the moving average of the target and low-precision copies of both, in one launch for all.
 
 With g the gradient, unscaled and clipped, k the step of this parameter, and every quantity an fp32 register:
 

@@ -121,8 +121,8 @@ def _key_tile(
     for start in range(0, length, STREAM):
         q = load_tile(q_ptr, length - start, STRIDE_TOKEN, D, STREAM, D0, D1)
         do = load_tile(do_ptr, length - start, WIDTH, D, STREAM, D0, D1)
-        # Queries beyond the sequence weigh nothing (p = 0); keys beyond it are not stored.
-        lse = tl.load(lse_ptr + start + cols, mask=cols < length - start, other=float("inf")) * LOG2_E
+        # Queries beyond the sequence add nothing, for q, do and delta are 0 there; keys beyond it are not stored.
+        lse = tl.load(lse_ptr + start + cols, mask=cols < length - start, other=0.0) * LOG2_E
         delta = tl.load(delta_ptr + start + cols, mask=cols < length - start, other=0.0)
         p = tl.exp2(dot_widths(k, q, D1) * (scale * LOG2_E) - lse[None, :])  # [R, C]: keys by queries
         dv = dot_tokens(p, do, dv, D1)

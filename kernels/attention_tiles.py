@@ -15,6 +15,7 @@ Legend: T packed tokens, S sequences, H heads, d (D in kernels) head width, R ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -55,7 +56,7 @@ class AttentionConfig:
 # programs on a multiprocessor) and these estimates, of ViT-H/14 on 128 masked images:
 #
 #   Context, 110 +- 18 tokens, d = 80: 64 rows compute 1.25 times the queries there are, 128 rows 1.35, 32 rows 1.15.
-#   An A100 needs 96 us for forward's bytes and 36 us for its products, tiles at their peak; 192 us and 120 us in
+#   An A100 needs 96 us for forward's bytes and 36 us for its products, tiles at their peak; 192 us and 130 us in
 #   backward. Both lack bytes in flight before they lack tensor cores, so programs side by side count, not big tiles:
 #   with 64x32 three of four warps fit in forward and two in backward.
 #   Predictor, 154 +- 18 tokens, d = 24 as 32: 64 rows compute 1.25 times the queries, 128 rows 1.66.
@@ -97,6 +98,7 @@ def regime_of(max_length: int) -> str:
     return "short" if max_length <= SHORT else "medium" if max_length <= MEDIUM else "long"
 
 
+@cache
 def attention_config(head_dim: int, dtype: torch.dtype, arch: int, regime: str) -> AttentionConfig:
     """The launch choice for a head width, a dtype, a chip (80, 90, ...) and a regime of sequence lengths."""
     width = sum(head_parts(head_dim))

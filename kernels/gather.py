@@ -44,6 +44,11 @@ def gather_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
     return tile_config(width, dtype, vectors=4 if dtype.itemsize == 2 else 2)
 
 
+def scatter_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
+    """Four 16-byte accesses to a lane and tile. Unmeasured: chosen from compiled resources."""
+    return tile_config(width, dtype)
+
+
 @triton.jit(do_not_specialize=["n_tokens", "n_patches"])
 def _gather_kernel(
     x_ptr,  # [R, D]
@@ -228,7 +233,7 @@ def gather_rows_fwd(x: Tensor, rows: Tensor, pos_embed: Tensor | None = None) ->
 def scatter_rows_fwd(x: Tensor, inverse: RowInverse, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
     """y [num_rows, D] in `dtype` (x's unless given): the sum of the tokens of each row, 0 where there is none."""
     width = x.shape[1]
-    config = gather_config(width, x.dtype, arch_of(x.device))
+    config = scatter_config(width, x.dtype, arch_of(x.device))
     x = row_major(x)
     y = torch.empty((num_rows, width), dtype=dtype or x.dtype, device=x.device)
     if y.numel():
@@ -280,7 +285,7 @@ def assemble_predictor_fwd(
 def mask_token_bwd(dy: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     """dmask_token [D]: the sum of dy over the tokens whose source is below 0."""
     n_tokens, width = dy.shape
-    config = gather_config(width, dy.dtype, arch_of(dy.device))
+    config = scatter_config(width, dy.dtype, arch_of(dy.device))
     dy = row_major(dy)
     chunks = triton.cdiv(n_tokens, config.block_t * _TILES)
     part = torch.empty((chunks, width), dtype=torch.float32, device=dy.device)
@@ -503,27 +508,25 @@ def compile_cases(arch: int) -> list[CompileCase]:
         for dtype in DTYPES:
             rows = f"*{TRITON_DTYPE[dtype]}"
             label = f"d{width} {rows[1:]}"
-            config = gather_config(width, dtype, arch)
+            fwd, bwd = gather_config(width, dtype, arch), scatter_config(width, dtype, arch)
             gather = {"x_ptr": rows, "rows_ptr": "*i32", "pos_ptr": rows, "y_ptr": rows}
             gather |= dict.fromkeys(("n_tokens", "n_patches", "stride_x_row", "stride_pos_row"), "i32")
             for has_pos in (False, True):
                 constexprs = {"D": width, "HAS_POS": has_pos} | ({} if has_pos else {"pos_ptr": None})
                 name = label + (" pos" if has_pos else "")
-                cases.append(row_case("gather_rows", name, _gather_kernel, gather, config, **constexprs))
+                cases.append(row_case("gather_rows", name, _gather_kernel, gather, fwd, **constexprs))
             scatter = {"x_ptr": rows, "order_ptr": "*i32", "starts_ptr": "*i32", "y_ptr": rows, "n_rows": "i32"}
             scatter |= {"stride_x_row": "i32"}
             for unique in (False, True):
                 constexprs = {"D": width, "UNIQUE": unique} | ({"starts_ptr": None} if unique else {})
                 name = label + (" unique" if unique else "")
-                cases.append(row_case("scatter_rows", name, _scatter_kernel, scatter, config, **constexprs))
+                cases.append(row_case("scatter_rows", name, _scatter_kernel, scatter, bwd, **constexprs))
             signature = dict.fromkeys(("context_ptr", "token_ptr", "pos_ptr"), rows) | index | {"y_ptr": rows}
             signature |= dict.fromkeys(("n_tokens", "stride_context_row", "stride_pos_row"), "i32")
-            cases.append(row_case("assemble_predictor", label, _assemble_kernel, signature, config, D=width))
+            cases.append(row_case("assemble_predictor", label, _assemble_kernel, signature, fwd, D=width))
             signature = {"dy_ptr": rows, "source_ptr": "*i32", "part_ptr": "*fp32"}
             signature |= {"n_tokens": "i32", "stride_dy_row": "i32"}
-            cases.append(
-                row_case("mask_token_bwd", label, _mask_token_kernel, signature, config, D=width, TILES=_TILES)
-            )
+            cases.append(row_case("mask_token_bwd", label, _mask_token_kernel, signature, bwd, D=width, TILES=_TILES))
     signature = {"rows_ptr": "*i32", "order_ptr": "*i32", "n_tokens": "i32"}
     cases.append(row_case("row_inverse", "i32", _place_kernel, signature, _PLACE_CONFIG))
     return cases

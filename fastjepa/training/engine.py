@@ -16,6 +16,7 @@ from torch import Tensor
 from fastjepa.config import Config
 from fastjepa.data import Augment, Batch, TrainingBatches, find_images
 from fastjepa.data.batches import Unreadable
+from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.flops import peak_flops
 from fastjepa.masks import MaskCollator
 from fastjepa.objective import IJEPA
@@ -24,8 +25,6 @@ from fastjepa.training.log import RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
 from fastjepa.training.resume import Checkpoints, restore, run_state
 from fastjepa.training.watch import CollapseWatch
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which every config is normalised with
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,8 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
         f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "
-        f"{len(batches.folder)} pictures in {batches.folder.root}, {batches.steps_per_epoch} steps an epoch, masks {masks}; {start} to step {end}"
+        f"{len(batches.folder)} pictures in {batches.folder.root}, "
+        f"{batches.steps_per_epoch} steps an epoch, masks {masks}; {start} to step {end}"
     )
 
 

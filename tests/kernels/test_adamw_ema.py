@@ -19,6 +19,7 @@ from fastjepa.kernels.adamw_ema import (
     adamw_ema_config,
     adamw_ema_cost,
 )
+from fastjepa.kernels.adamw_ema_tensors import N_PATHS
 from fastjepa.kernels.multi_tensor import MovingTable, addresses
 from fastjepa.kernels.reference import ema_update_ref_
 from tests.kernels.multi_tensor_checks import Placed, error, round_as_a_chip
@@ -375,6 +376,20 @@ def test_gradient_table_is_made_again_only_when_a_gradient_moves(monkeypatch: py
     assert run.tables.is_current()
     run.tensors.params[0].data = run.tensors.params[0].data.clone()
     assert not run.tables.is_current()
+
+
+def test_only_aligned_tensors_of_known_dtypes_take_a_path_of_wide_accesses():
+    """The interpreter does not mind where a tensor lies; a chip does."""
+    scalar = N_PATHS.value
+    expected = {None: 0, FP32: 0, BF16: 1, FP16: scalar}
+    assert Run.start((40, 40)).tensors.paths() == [expected] * 2
+    assert Run.start((40,), dtype=BF16, target=BF16).tensors.paths()[0][BF16] == 2
+    assert set(Run.start((40,), aligned=False).tensors.paths()[0].values()) == {scalar}
+    for change in ({"copy": FP16}, {"target": BF16}, {"dtype": BF16}):
+        assert Run.start((40,), **change).tensors.paths()[0][FP32] == scalar
+    run = Run.start((40,))
+    rows = [run.tensors.gradient_table(run.gradients(aligned=x), run.tensors.paths())[0][2:] for x in (True, False)]
+    assert rows == [[True, 0], [False, scalar]]
 
 
 def test_a_captured_graph_has_a_gradient_table_of_its_own(monkeypatch: pytest.MonkeyPatch):

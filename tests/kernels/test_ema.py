@@ -206,6 +206,17 @@ def test_cost():
     assert ema_cost([], []).launches == 0
 
 
+def test_only_aligned_pairs_take_wide_accesses():
+    """The interpreter does not mind where a tensor lies; a chip does."""
+    pairs = [
+        [Placed(torch.zeros(9), torch.float16, aligned) for aligned in pair]
+        for pair in itertools.product((True, False), repeat=2)
+    ]
+    average = MultiTensorEMA([t.tensor for t, _ in pairs], [s.tensor for _, s in pairs])
+    average.update(0.5)
+    assert average._tensors[:, 5].tolist() == [1, 0, 0, 0]
+
+
 def test_chunks_cover_every_element_once():
     assert chunk_table([5, 0, 9], 4).tolist() == [[0, 0], [0, 1], [2, 0], [2, 1], [2, 2]]
     assert chunk_table([5, 0, 4], 4, at_least=1).tolist() == [[0, 0], [0, 1], [1, 0], [2, 0]]
