@@ -73,9 +73,9 @@ class FastStep:
         """Forward, backward, AdamW, EMA."""
         loss = self.model.loss(images, masks_enc, masks_pred)
         loss.backward()
+        self.optimizer.momentum = momentum
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_target(momentum)
         return loss.item()
 
 

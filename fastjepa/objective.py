@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.nn.predictor import VisionTransformerPredictor
 from fastjepa.nn.vision_transformer import VisionTransformer
+from fastjepa.ops import library
 from fastjepa.ragged import Ragged
+
+if TYPE_CHECKING:
+    from fastjepa.kernels.ema import MultiTensorEMA
 
 
 class IJEPA(nn.Module):
@@ -33,6 +38,7 @@ class IJEPA(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self._ema: MultiTensorEMA | None = None
 
     @torch.no_grad()
     def target_features(self, images: Tensor) -> Tensor:
@@ -72,4 +78,16 @@ class IJEPA(nn.Module):
         Raises:
             ValueError: a momentum outside 0..1.
         """
-        ops.ema_update_(self.target_encoder.parameters(), self.encoder.parameters(), momentum)
+        targets, sources = self.target_encoder.parameters(), self.encoder.parameters()
+        if not library.takes_kernels(next(self.encoder.parameters())):
+            ops.ema_update_(targets, sources, momentum)
+            return
+        if self._ema is None:
+            from fastjepa.kernels.ema import MultiTensorEMA
+
+            self._ema = MultiTensorEMA(targets, sources)  # its tables are made once
+        self._ema.update(momentum)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tables, which hold this instance's addresses: copies make their own."""
+        return super().__getstate__() | {"_ema": None}

@@ -182,6 +182,7 @@ def store_tile(
 
 @triton.jit
 def zero_tile(R: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """fp32 zeros in the parts of a tile of R rows."""
     x = (tl.zeros([R, D0], dtype=tl.float32),)
     if D1 > 0:
         x += (tl.zeros([R, D1], dtype=tl.float32),)
@@ -190,6 +191,7 @@ def zero_tile(R: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def scale_tile(x, factor, D1: tl.constexpr):
+    """Each part times `factor`, a number or a column."""
     y = (x[0] * factor,)
     if D1 > 0:
         y += (x[1] * factor,)

@@ -7,8 +7,9 @@ import torch
 
 from fastjepa import VisionTransformer, read_checkpoint
 from fastjepa.config import OptimizationConfig
+from fastjepa.optim import AdamWEMA
 from fastjepa.schedules import Schedules
-from fastjepa.training.models import parameter_groups
+from fastjepa.training.models import build_optimizer, parameter_groups
 from tests.conftest import GOLDENS
 from tests.helpers import GOLDEN_MODELS, distance, golden_lists, golden_model, golden_ragged, part
 
@@ -56,11 +57,14 @@ def test_ragged(golden, name):
     assert_gradients(model, part(arrays, "ragged_grad"))
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
-def test_training(golden, name):
+def test_training(golden, name, one_pass):
     arrays = golden(name)
     model, images = golden_model(arrays), torch.tensor(arrays["images"])
-    optimizer = torch.optim.AdamW(parameter_groups(model.encoder, model.predictor))
+    optimizer = (
+        build_optimizer(model) if one_pass else torch.optim.AdamW(parameter_groups(model.encoder, model.predictor))
+    )
     for step, expected in enumerate(arrays["train/losses"]):
         for group in optimizer.param_groups:
             group["lr"] = arrays["train/lr"][step].item()
@@ -68,9 +72,13 @@ def test_training(golden, name):
                 group["weight_decay"] = arrays["train/weight_decay"][step].item()
         loss = model.loss(images, *golden_lists(arrays, f"/{step}"))
         loss.backward()
+        momentum = arrays["train/momentum"][step].item()
+        if isinstance(optimizer, AdamWEMA):
+            optimizer.momentum = momentum
         optimizer.step()
         optimizer.zero_grad()
-        model.update_target(arrays["train/momentum"][step].item())
+        if not one_pass:
+            model.update_target(momentum)
         assert abs(loss.item() / expected - 1) < LOSSES
     final = part(arrays, "train/final")
     for key, value in final.items():

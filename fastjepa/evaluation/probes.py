@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,8 @@ def linear_probe(
     linear_model, preprocessing = _sklearn("linear_model"), _sklearn("preprocessing")
     scaler = preprocessing.StandardScaler().fit(train)
     model = linear_model.LogisticRegression(C=c, max_iter=1000)
-    with warnings.catch_warnings():  # short of full convergence the accuracy is the same
+    # More threads only wait for one another on matrices this small; short of full convergence the accuracy is the same.
+    with _import("threadpoolctl").threadpool_limits(1, "blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", _sklearn("exceptions").ConvergenceWarning)
         model.fit(scaler.transform(train), train_labels)
     return 100.0 * float(model.score(scaler.transform(test), test_labels))
@@ -126,10 +128,12 @@ def _checked(train: Any, train_labels: Any, test: Any, test_labels: Any) -> tupl
 
 
 def _sklearn(module: str) -> Any:
-    """A module of scikit-learn, which is imported only where it is used."""
-    import importlib
+    return _import(f"sklearn.{module}")
 
+
+def _import(module: str) -> Any:
+    """A module of scikit-learn or of what comes with it, imported only where it is used."""
     try:
-        return importlib.import_module(f"sklearn.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ValueError("probes need scikit-learn: pip install 'fastjepa[demo]'") from error

@@ -66,9 +66,9 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
             loss, features = self.model(self.normalise(batch.images), batch.masks_enc, batch.masks_pred)
         loss.backward()
+        self.optimizer.momentum = self.schedules.momentum(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_target(self.schedules.momentum(self.step))
         self.step += 1
         return loss.detach(), features
 

@@ -13,6 +13,7 @@ from fastjepa.config import Config
 from fastjepa.flops import StepFlops, Tower
 from fastjepa.nn.init import init_weights
 from fastjepa.objective import IJEPA
+from fastjepa.optim import AdamWEMA
 
 ENCODERS = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
 
@@ -67,9 +68,15 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
     return decayed + plain
 
 
-def build_optimizer(model: IJEPA) -> torch.optim.Optimizer:
-    """AdamW over the official groups, one fused kernel a step."""
-    return torch.optim.AdamW(parameter_groups(model.encoder, model.predictor), fused=True)
+def build_optimizer(model: IJEPA) -> AdamWEMA:
+    """AdamW over the official groups and the target's EMA in one pass; set `.momentum` before each step."""
+    pairs = zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True)
+    groups = parameter_groups(model.encoder, model.predictor)
+    optimizer = AdamWEMA(groups, target_params=dict(pairs))
+    if model.encoder.pos_embed.device.type == "cpu":
+        for group in optimizer.param_groups:
+            group["fused"] = True  # torch's one-pass AdamW, where there is no kernel of ours
+    return optimizer
 
 
 def step_flops(model: IJEPA) -> StepFlops:
