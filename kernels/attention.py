@@ -169,8 +169,7 @@ def ragged_attention(qkv: Tensor, offsets: Tensor, max_length: int, scale: float
         raise ValueError(f"qkv must be bf16, fp16 or fp32 [T, 3, H, d], got {qkv.dtype} {list(qkv.shape)}")
     if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int32:
         raise ValueError(f"offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}")
-    if scale is None:
-        scale = qkv.shape[3] ** -0.5
+    scale = float(qkv.shape[3] ** -0.5 if scale is None else scale)
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
     head_parts(qkv.shape[3])

@@ -51,9 +51,9 @@ class AttentionConfig:
     one_launch: bool
 
 
-# (rows, stream, num_warps) by {chips: {widest: (forward up to SHORT tokens, forward beyond, backward)}}, `widest` in
-# columns of both parts. Unmeasured: chosen from compiled resources (no spills; registers and shared memory against
-# programs on a multiprocessor) and these estimates, of ViT-H/14 on 128 masked images:
+# {chips: {widest: (forward up to SHORT tokens, forward beyond, backward)}}: `widest` in columns of both parts, choices
+# as (rows, stream, num_warps, num_stages if not 2). Unmeasured: from compiled resources (no spills; registers and shared
+# memory against programs on a multiprocessor) and these estimates, of ViT-H/14 on 128 masked images:
 #
 #   Context, 110 +- 18 tokens, d = 80: 64 rows compute 1.25 times the queries there are, 128 rows 1.35, 32 rows 1.15.
 #   An A100 needs 96 us for forward's bytes and 36 us for its products, tiles at their peak; 192 us and 130 us in
@@ -63,13 +63,21 @@ class AttentionConfig:
 #   Target, 256 tokens, forward only: 64 and 128 rows both fit exactly. With 128 the keys come from L2 half as often,
 #   which Hopper needs (64 would ask 9 TB/s of it at 600 TFLOP/s, 128 half of that); Ampere's L2 keeps up with 64.
 #
-# Ampere's and Ada's tensor cores give a warp 16 rows, so fewer than 16 * num_warps rows would be computed twice;
-# Hopper's give four warps 64 rows, Blackwell's a program 128. fp32 is multiplied exactly, without tensor cores.
+# Ampere's and Ada's tensor cores give a warp 16 rows, so fewer than 16 * num_warps rows would be computed twice; the two
+# differ only in what the compiler fits into registers. Hopper's give four warps 64 rows, Blackwell's a program 128.
+# fp32 is multiplied exactly, without tensor cores.
 _TABLE = {
     "ampere": {
         32: ((64, 32, 4), (64, 32, 4), (64, 32, 4)),
         80: ((64, 32, 4), (64, 64, 4), (64, 32, 4)),
         96: ((64, 32, 4), (64, 64, 4), (64, 16, 4)),
+        128: ((128, 32, 8), (128, 32, 8), (128, 16, 8)),
+    },
+    "ada": {  # and what else is not named here
+        32: ((64, 32, 4), (64, 32, 4), (64, 32, 4)),
+        64: ((64, 32, 4), (64, 64, 4), (64, 32, 4)),
+        80: ((64, 32, 4), (64, 64, 4), (64, 16, 4)),
+        96: ((64, 32, 4), (64, 64, 4), (64, 16, 4, 1)),
         128: ((128, 32, 8), (128, 32, 8), (128, 16, 8)),
     },
     "hopper": {
@@ -84,7 +92,8 @@ _TABLE = {
         128: ((128, 64, 8), (128, 64, 8), (64, 16, 4)),
     },
     "fp32": {
-        96: ((32, 32, 4), (32, 32, 4), (32, 16, 4)),
+        80: ((32, 32, 4), (32, 32, 4), (32, 16, 4)),
+        96: ((32, 32, 4), (32, 32, 4), (32, 16, 4, 3)),
         128: ((32, 16, 4), (32, 16, 4), (32, 16, 4)),
     },
 }
@@ -102,7 +111,7 @@ def regime_of(max_length: int) -> str:
 def attention_config(head_dim: int, dtype: torch.dtype, arch: int, regime: str) -> AttentionConfig:
     """The launch choice for a head width, a dtype, a chip (80, 90, ...) and a regime of sequence lengths."""
     width = sum(head_parts(head_dim))
-    chips = "hopper" if arch // 10 == 9 else "blackwell" if arch // 10 in (10, 11) else "ampere"
+    chips = "ampere" if arch == 80 else {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(arch // 10, "ada")
     table = _TABLE["fp32" if dtype == torch.float32 else chips]
     short, beyond, bwd = next(row for widest, row in table.items() if width <= widest)
     fwd = short if regime == "short" else beyond
