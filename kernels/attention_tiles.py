@@ -52,8 +52,8 @@ class AttentionConfig:
 
 
 # {chips: {widest: (forward up to SHORT tokens, forward beyond, backward)}}: `widest` in columns of both parts, choices
-# as (rows, stream, num_warps, num_stages if not 2). Unmeasured: from compiled resources (no spills; registers and shared
-# memory against programs on a multiprocessor) and these estimates, of ViT-H/14 on 128 masked images:
+# as (rows, stream, num_warps, num_stages if not 2). Unmeasured: from compiled resources (no spills; registers and
+# shared memory against programs on a multiprocessor) and these estimates, of ViT-H/14 on 128 masked images:
 #
 #   Context, 110 +- 18 tokens, d = 80: 64 rows compute 1.25 times the queries there are, 128 rows 1.35, 32 rows 1.15.
 #   An A100 needs 96 us for forward's bytes and 36 us for its products, tiles at their peak; 192 us and 130 us in
@@ -63,9 +63,9 @@ class AttentionConfig:
 #   Target, 256 tokens, forward only: 64 and 128 rows both fit exactly. With 128 the keys come from L2 half as often,
 #   which Hopper needs (64 would ask 9 TB/s of it at 600 TFLOP/s, 128 half of that); Ampere's L2 keeps up with 64.
 #
-# Ampere's and Ada's tensor cores give a warp 16 rows, so fewer than 16 * num_warps rows would be computed twice; the two
-# differ only in what the compiler fits into registers. Hopper's give four warps 64 rows, Blackwell's a program 128.
-# fp32 is multiplied exactly, without tensor cores.
+# Ampere's and Ada's tensor cores give a warp 16 rows, so fewer than 16 * num_warps rows would be computed twice; the
+# two differ only in what the compiler fits into registers. Hopper's give four warps 64 rows, Blackwell's a program
+# 128. fp32 is multiplied exactly, without tensor cores.
 _TABLE = {
     "ampere": {
         32: ((64, 32, 4), (64, 32, 4), (64, 32, 4)),
