@@ -39,9 +39,9 @@ PHOTOGRAPHS = {  # package -> its folder of pictures, and those of scenes and su
 }
 DRAWN = ("astronaut", "chelsea", "coffee", "flower", "motorcycle_left")  # in features.png
 TILE = 64  # pixels a side
-TILES = {"train": 80, "val": 40}  # of each picture's left and of its right half
+TILES = {"train": 200, "val": 40}  # of each picture's left and of its right half
 GREY, CONTRAST = 0.45, 0.28  # mean and deviation that every tile gets
-STEPS = 700
+STEPS = 1180
 LOOKS = 7  # evaluations on the way
 THREADS = 4  # more only wait for one another, with so small a model
 OWN_PICTURES = 3000  # at most so many of a user's pictures are used, chosen by the seed

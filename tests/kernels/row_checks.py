@@ -12,8 +12,8 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.interpreter import GridExecutor
 
 from fastjepa.kernels.launch import CompileCase
@@ -158,7 +156,7 @@ def compiled(module: str, arch: int, pattern: str) -> list[dict]:
 def assert_compiles_well(module: str, arch: int, pattern: str, expected: int) -> list[dict]:
     """No spills, 16-byte loads, and nothing compiled again when a count changes, in each of `expected` cases."""
     cases = compiled(module, arch, pattern)
-    assert len(cases) == expected, [case["name"] for case in cases]
+    assert len(cases) == expected, [case["kernel"] for case in cases]
     for case in cases:
         assert case["spill_bytes"] == 0, case
         assert case["load_bits"] == 128, case
@@ -167,32 +165,10 @@ def assert_compiles_well(module: str, arch: int, pattern: str, expected: int) ->
 
 
 def _compile(case: CompileCase, arch: int) -> dict:
-    names = list(case.signature)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    loads = [max([int(n) for n in re.findall(r"\.(64|128)\b", op)] or [32]) for op in re.findall(r"\bLDG[.\w]*", sass)]
-    return {
-        "name": case.name,
-        "config": case.config,
-        "num_warps": case.num_warps,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spill_bytes": sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
-        "shared_bytes": binary.metadata.shared,
-        "load_bits": max(loads, default=0),
-        "specialised_counts": [
-            p.name for p in case.kernel.params if p.name.startswith("n_") and not p.do_not_specialize
-        ],
-    }
+    from benchmarks.codegen import compile_case
+
+    counts = [p.name for p in case.kernel.params if p.name.startswith("n_") and not p.do_not_specialize]
+    return asdict(compile_case(case, arch)) | {"specialised_counts": counts}
 
 
 if __name__ == "__main__":

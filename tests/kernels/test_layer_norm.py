@@ -176,7 +176,7 @@ def test_refuses_what_it_cannot_do():
 def test_compiled_code(arch: int):
     cases = assert_compiles_well("layer_norm", arch, r"layer_norm_\w+ d(384|1280|1408) bf16 weight bf16", expected=6)
     for case in cases:
-        if case["name"] == "layer_norm_bwd":  # every program of the backward has a place on the chip
+        if case["kernel"] == "layer_norm_bwd":  # every program of the backward has a place on the chip
             threads = int(re.search(r" p(\d+)", case["config"])[1]) // MULTIPROCESSORS[arch] * 32 * case["num_warps"]
             assert -(-case["registers"] // 8) * 8 * threads <= 65536, case
 
