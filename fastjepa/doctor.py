@@ -26,24 +26,24 @@ class Package(NamedTuple):
 
 
 PACKAGES = (
-    Package("flash-attn", ("flash-attn",), "flash_attn", "benchmark peer", "pip install flash-attn"),
-    Package("xformers", ("xformers",), "xformers", "benchmark peer", "pip install xformers"),
+    Package("flash-attn", ("flash-attn",), "flash_attn", "attention backend", "pip install flash-attn"),
+    Package("xformers", ("xformers",), "xformers", "attention backend", "pip install xformers"),
     Package("apex (NVIDIA)", ("apex",), "apex", "benchmark peer", "build from github.com/NVIDIA/apex"),
-    Package("timm", ("timm",), "timm", "models to patch", "pip install timm"),
-    Package("transformers", ("transformers",), "transformers", "models to patch", "pip install transformers"),
-    Package("simplejpeg", ("simplejpeg",), "simplejpeg", "faster JPEG", "pip install simplejpeg"),
+    Package("timm", ("timm",), "timm", "not used yet", "pip install timm"),
+    Package("transformers", ("transformers",), "transformers", "not used yet", "pip install transformers"),
+    Package("simplejpeg", ("simplejpeg",), "simplejpeg", "not used yet", "pip install simplejpeg"),
     Package(
         "opencv",
         ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"),
         "cv2",
-        "resizing",
+        "not used yet",
         "pip install opencv-python-headless",
     ),
     Package(
         "DALI",
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
         "nvidia.dali",
-        "GPU decoding",
+        "not used yet",
         "pip install nvidia-dali-cuda130",
     ),
     Package("scikit-learn", ("scikit-learn",), "sklearn", "demo", "pip install scikit-learn"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import ragged_attention_ref
 from fastjepa.ops import library
+from fastjepa.ops.settings import check_offsets, current
 
 
 def ragged_attention(
@@ -19,16 +20,17 @@ def ragged_attention(
         offsets: int32 [S + 1]; sequence s is tokens `offsets[s]:offsets[s + 1]`. Empty sequences are fine.
         max_length: tokens of the longest sequence (or a bound on it), a host int.
         scale: d ** -0.5 unless given.
-        dropout: probability of dropping an attention weight (training only; the caller says when). Dropout, fp64, and
-            head widths that 8 does not divide or above 128 run on torch's scaled_dot_product_attention everywhere.
+        dropout: probability of dropping an attention weight (training only; the caller says when). With "auto",
+            dropout, fp64, and head widths that 8 does not divide or above 128 take the reference everywhere.
 
     Returns:
         [T, H, d] in qkv's dtype.
 
     Raises:
-        ValueError: shapes or dtypes other than these.
+        ValueError: shapes or dtypes other than these, offsets that do not fit (see `configure`), or a backend asked
+            for by name that does not take such tensors.
 
-    Source: equation 1 of Vaswani et al. 2017 (arXiv 1706.03762).
+    Source: equation 1 of Vaswani et al. 2017 (arXiv 1706.03762). The backend is that of `fastjepa.ops.configure`.
 
     >>> qkv = torch.randn(5, 3, 2, 8)
     >>> ragged_attention(qkv, torch.tensor([0, 2, 5], dtype=torch.int32), 3).shape
@@ -44,15 +46,71 @@ def ragged_attention(
         raise ValueError(
             f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {qkv.shape[0]}"
         )
+    check_offsets(offsets, qkv.shape[0], max_length)
     factor = qkv.shape[3] ** -0.5 if scale is None else scale
-    if library.takes_kernels(qkv) and dropout == 0.0 and _kernel_takes(qkv, factor):
+    backend = current.attention
+    if backend == "auto":
+        backend = "triton" if library.takes_kernels(qkv) and not _refuses(qkv, factor, dropout) else "reference"
+    elif backend == "triton" and (reason := _refuses(qkv, factor, dropout)):
+        raise ValueError(f"attention='triton' takes {reason}, got {_described(qkv, factor, dropout)}")
+    if backend == "triton":
         from fastjepa.kernels.attention import ragged_attention as kernel
 
         return library.call(kernel, qkv, offsets, max_length, factor)
+    if backend in _PEERS:
+        return _PEERS[backend](qkv, offsets, max_length, factor, dropout)
     return ragged_attention_ref(qkv, offsets, max_length, factor, dropout)
 
 
-def _kernel_takes(qkv: Tensor, scale: float) -> bool:
-    """What the kernel has: 16- and 32-bit floats, head widths that 8 divides up to 128, a positive scale."""
+def _refuses(qkv: Tensor, scale: float, dropout: float) -> str | None:
+    """What the kernel takes and this is not; None where it does."""
     width = qkv.shape[3]
-    return qkv.dtype != torch.float64 and width % 8 == 0 and 8 <= width <= 128 and scale > 0
+    if not library.takes_kernels(qkv):
+        return "CUDA tensors"
+    if qkv.dtype == torch.float64:
+        return "fp32, fp16 or bf16"
+    if width % 8 or not 8 <= width <= 128:
+        return "head widths in 8..128 that 8 divides"
+    return "a positive scale and no dropout" if scale <= 0 or dropout else None
+
+
+def _described(qkv: Tensor, scale: float, dropout: float) -> str:
+    return f"{qkv.dtype} {list(qkv.shape)} on {qkv.device}, scale {scale}, dropout {dropout}"
+
+
+def _flash(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout: float) -> Tensor:
+    if not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"attention='flash-attn' takes fp16 or bf16 on CUDA, got {_described(qkv, scale, dropout)}; "
+            "attention='auto' takes any"
+        )
+    from flash_attn import flash_attn_varlen_qkvpacked_func  # type: ignore[import-not-found]
+
+    return flash_attn_varlen_qkvpacked_func(qkv, offsets, max_length, dropout, softmax_scale=scale)
+
+
+def _xformers(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout: float) -> Tensor:
+    """Its mask is made of lengths on the host, so every call waits for the device."""
+    if not qkv.is_cuda:
+        raise ValueError(f"attention='xformers' takes CUDA tensors, got {_described(qkv, scale, dropout)}")
+    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask  # type: ignore[import-not-found]
+
+    mask = BlockDiagonalMask.from_seqlens([n for n in offsets.diff().tolist() if n])
+    q, k, v = qkv.unsqueeze(0).unbind(2)
+    return memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout, scale=scale).squeeze(0)
+
+
+def _sdpa(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout: float) -> Tensor:
+    """PyTorch's own. Its varlen attention has no dropout, and in older versions no scale but d ** -0.5."""
+    if not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16) or dropout:
+        return ragged_attention_ref(qkv, offsets, max_length, scale, dropout)
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv.unbind(1)
+    if scale != qkv.shape[3] ** -0.5:
+        q = q * (scale * qkv.shape[3] ** 0.5)
+    return varlen_attn(q, k, v, offsets, offsets, max_length, max_length)
+
+
+_PEERS = {"flash-attn": _flash, "xformers": _xformers, "sdpa": _sdpa}

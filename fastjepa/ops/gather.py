@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, scatter_rows_ref
 from fastjepa.ops import library
+from fastjepa.ops.settings import check_range
 from fastjepa.ragged import Ragged, image_rows, sequence_ids
 
 
@@ -22,7 +23,8 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> 
         `Ragged` of tokens [T, D] in x's dtype with the offsets of `index`.
 
     Raises:
-        ValueError: shapes or dtypes other than these, or sequences that do not fit B images.
+        ValueError: shapes or dtypes other than these, sequences that do not fit B images, or an index out of range
+            (on CUDA only looked for where `configure(check_values=True)` asks).
 
     >>> x = torch.arange(6.0).view(1, 3, 2)
     >>> gather_tokens(x, Ragged.from_list([torch.tensor([2, 0])])).values.tolist()
@@ -34,6 +36,7 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> 
     batch, patches, width = x.shape
     if pos_embed is not None and pos_embed.shape != (patches, width):
         raise ValueError(f"pos_embed must be [N, D] = [{patches}, {width}], got {list(pos_embed.shape)}")
+    check_range("index", index.values, 0, patches - 1)
     rows = image_rows(index, batch, patches)
     return index.with_values(_gather(x.reshape(-1, width), rows, pos_embed))
 
@@ -48,13 +51,14 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
         [S, num_tokens, D].
 
     Raises:
-        ValueError: tokens and index of different totals, or other shapes and dtypes.
+        ValueError: tokens and index of different totals, other shapes and dtypes, or as `gather_tokens` an index.
     """
     _check_index(index)
     if tokens.values.dim() != 2 or tokens.values.shape[0] != index.values.shape[0]:
         raise ValueError(
             f"tokens must be [T, D] with the T = {index.values.shape[0]} of index, got {list(tokens.values.shape)}"
         )
+    check_range("index", index.values, 0, num_tokens - 1)
     rows = sequence_ids(index) * num_tokens + index.values
     num_rows = index.num_sequences * num_tokens
     if library.takes_kernels(tokens.values):
@@ -80,7 +84,7 @@ def assemble_predictor(
         [T, D] in context's dtype.
 
     Raises:
-        ValueError: shapes other than these.
+        ValueError: shapes other than these, or as `gather_tokens` an index.
     """
     width = context.shape[-1]
     if context.dim() != 2 or mask_token.shape != (width,) or pos_embed.dim() != 2 or pos_embed.shape[1] != width:
@@ -90,6 +94,8 @@ def assemble_predictor(
         )
     if source.dim() != 1 or source.shape != patches.shape:
         raise ValueError(f"source and patches must both be [T], got {list(source.shape)} and {list(patches.shape)}")
+    check_range("source", source, -1, context.shape[0] - 1)
+    check_range("patches", patches, 0, pos_embed.shape[0] - 1)
     if library.takes_kernels(context):
         from fastjepa.kernels.gather import assemble_predictor as kernel
 
@@ -100,13 +106,14 @@ def assemble_predictor(
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows], no row named twice.
 
-    Shapes: x [R, D]; rows int32 or int64 [T] in 0..R-1 (not checked on a device) -> [T, D].
+    Shapes: x [R, D]; rows int32 or int64 [T] in 0..R-1 -> [T, D].
 
     Raises:
-        ValueError: shapes other than these.
+        ValueError: shapes other than these, or as `gather_tokens` an index.
     """
     if x.dim() != 2 or rows.dim() != 1:
         raise ValueError(f"expected x [R, D] and rows [T], got {list(x.shape)} and {list(rows.shape)}")
+    check_range("rows", rows, 0, x.shape[0] - 1)
     return _gather(x, rows, None, unique=True)
 
 

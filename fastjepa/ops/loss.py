@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import jepa_loss_ref
 from fastjepa.ops import library
+from fastjepa.ops.settings import check_range
 from fastjepa.pairing import Pairing, select_sequences
 from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
@@ -24,7 +25,7 @@ def jepa_loss(prediction: Tensor | Ragged, target_features: Tensor, masks_pred: 
         The mean over every element, a scalar.
 
     Raises:
-        ValueError: a prediction that does not fit the masks.
+        ValueError: a prediction that does not fit the masks, or as `gather_tokens` an index.
 
     Source: section 3 of Assran et al. 2023 (arXiv 2301.08243); the layer norm (eps 1e-5, no affine) and smooth-L1 are
     those of the published training code.
@@ -38,6 +39,7 @@ def jepa_loss(prediction: Tensor | Ragged, target_features: Tensor, masks_pred: 
     tokens = masks.values.shape[0]
     if flat.shape[1] != width or (tokens and flat.shape[0] % tokens) or (not tokens and flat.shape[0]):
         raise ValueError(f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}")
+    check_range("masks_pred", masks.values, 0, patches - 1)
     rows = image_rows(masks, batch, patches)
     contexts = flat.shape[0] // tokens if tokens else 1
     if contexts > 1:  # every target is predicted once from each context

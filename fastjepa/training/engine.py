@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from fastjepa import ops
 from fastjepa.config import Config
 from fastjepa.data import Augment, Batch, TrainingBatches, find_images
 from fastjepa.data.batches import Unreadable
@@ -44,6 +45,10 @@ class Trainer:
     def __init__(self, config: Config, steps_per_epoch: int):
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.device = pick_device(config.runtime.device)
+        try:
+            ops.configure(attention=config.runtime.attention, check_values=config.runtime.check_values)
+        except ValueError as error:
+            raise ValueError(f"runtime.attention: {error}") from None
         seed_everything(config.runtime.seed)
         self.model = build_models(config).to(self.device)
         self.optimizer = build_optimizer(self.model)
@@ -243,11 +248,12 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     """What a run says before its first step."""
     count = sum(p.numel() for p in trainer.model.encoder.parameters())
     masks = "ragged" if config.mask.ragged else "cut to the shortest"
+    attention = ops.attention_backend(trainer.device)
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
         f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "
         f"{len(batches.folder)} pictures in {batches.folder.root}, "
-        f"{batches.steps_per_epoch} steps an epoch, masks {masks}; {start} to step {end}"
+        f"{batches.steps_per_epoch} steps an epoch, masks {masks}, attention {attention}; {start} to step {end}"
     )
 
 

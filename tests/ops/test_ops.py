@@ -124,7 +124,10 @@ def test_rows():
         (lambda: ops.ragged_attention(torch.zeros(4, 3, 1, 8), offsets_of([4]).to("meta"), 4), "on meta"),
         (lambda: ops.gather_tokens(torch.zeros(2, 3), Ragged.from_list([torch.tensor([0])])), r"\[B, N, D\]"),
         (lambda: ops.gather_tokens(torch.zeros(1, 3, 2), Ragged.from_list([torch.zeros(1)])), "int32 or int64"),
-        (lambda: ops.gather_tokens(torch.zeros(1, 3, 2), Ragged.from_list([torch.tensor([3])])), r"patches 3\.\.3"),
+        (
+            lambda: ops.gather_tokens(torch.zeros(1, 3, 2), Ragged.from_list([torch.tensor([3])])),
+            r"0..2, got values in 3..3",
+        ),
         (
             lambda: ops.gather_tokens(torch.zeros(1, 3, 2), Ragged.from_list([torch.tensor([0])]), torch.zeros(2, 2)),
             "pos_embed",
