@@ -9,13 +9,17 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run a suite; print its table, write its JSON."""
+    """Run a suite; print its table, write its JSON. 1 where something is not as it has to be."""
     arguments = _parser().parse_args()
+    wrong: list[str] = []
     if arguments.suite == "codegen":
         from benchmarks import codegen
 
         compiled = codegen.compile_all(tuple(arguments.sm or codegen.CHIPS))
         rows, text = codegen.as_json(compiled), codegen.table(compiled)
+        wrong = codegen.faults(compiled)
+        if arguments.check:
+            wrong += codegen.differences(compiled, arguments.check.read_text(encoding="utf-8"))
     elif arguments.suite == "masks":
         from benchmarks import masks
 
@@ -30,11 +34,13 @@ def main() -> int:
         text = _table(rows)
     if arguments.json == "-":
         print(json.dumps(rows, indent=1))
-        return 0
-    print(text)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return 0
+    else:
+        print(text)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        print(f"{len(wrong)} lines are not as they have to be:", *wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     codegen = suites.add_parser("codegen", help="compile every kernel for chips that need not be here")
     codegen.add_argument(
         "--sm", type=int, action="append", choices=(80, 86, 89, 90, 100, 120), help="default: 80 to 100"
+    )
+    codegen.add_argument(
+        "--check", type=Path, metavar="TABLE", help="fail where this differs from a table printed before"
     )
     masks = suites.add_parser("masks", help="what drawing masks costs")
     step = suites.add_parser("step", help="whole training steps, naive eager and ours, in one run")

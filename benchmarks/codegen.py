@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,6 +24,34 @@ from fastjepa.kernels.launch import CompileCase
 CHIPS = (80, 86, 89, 90, 100)
 MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|DMMA|IMMA|QGMMA)\b")
 LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]*")
+STORE = re.compile(r"\bSTG\.[\w.]*")
+
+
+class Chip(NamedTuple):
+    """What a multiprocessor has (CUDA C++ programming guide, technical specifications per compute capability).
+
+    warps, programs: at most resident. shared: bytes in all; shared_of_one: of one program at most.
+    """
+
+    warps: int
+    programs: int
+    shared: int
+    shared_of_one: int
+
+
+# Kernels of small sums or indices, which move no rows.
+SCALAR_LOADS = {"jepa_loss_mean", "row_inverse"}
+SCALAR_STORES = {"grad_norm", "jepa_loss_mean", "mask_token_bwd", "row_inverse", "sum_partials"}
+REGISTERS = 65536  # 32-bit, of a multiprocessor of any of them; a warp gets them 256 at a time
+RESERVED = 1024  # bytes of shared memory that the system takes for each program
+LIMITS = {
+    80: Chip(64, 32, 164 << 10, 163 << 10),
+    86: Chip(48, 16, 100 << 10, 99 << 10),
+    89: Chip(48, 24, 100 << 10, 99 << 10),
+    90: Chip(64, 32, 228 << 10, 227 << 10),
+    100: Chip(64, 32, 228 << 10, 227 << 10),
+    120: Chip(48, 24, 100 << 10, 99 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +59,8 @@ class Compiled:
     """What one kernel configuration became on one chip.
 
     registers: of a thread. spill_bytes: stack and local memory of a thread. shared_bytes: of a program.
-    mma_instructions: tensor-core instructions by kind, as they stand in the code. load_bits: widest global load.
+    mma_instructions: tensor-core instructions by kind, as they stand in the code. load_bits, store_bits: the widest
+    global ones. occupancy: warps resident on a multiprocessor over the most that there can be.
     """
 
     kernel: str
@@ -43,6 +73,8 @@ class Compiled:
     load_bits: int
     num_warps: int
     num_stages: int
+    store_bits: int
+    occupancy: float
 
 
 def kernel_modules() -> list[str]:
@@ -72,7 +104,6 @@ def compile_case(case: CompileCase, sm: int) -> Compiled:
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     usage, code = _disassemble(built.asm["cubin"])
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    widths = [int(bits) for load in LOAD.findall(code) for bits in re.findall(r"\.(64|128)\b", load)]
     return Compiled(
         kernel=case.name,
         config=case.config,
@@ -81,21 +112,61 @@ def compile_case(case: CompileCase, sm: int) -> Compiled:
         spill_bytes=resources["STACK"] + resources["LOCAL"],
         shared_bytes=built.metadata.shared,
         mma_instructions=dict(sorted(Counter(MMA.findall(code)).items())),
-        load_bits=max(widths, default=32 if LOAD.search(code) else 0),
+        load_bits=_widest(LOAD.findall(code)),
         num_warps=case.num_warps,
         num_stages=case.num_stages,
+        store_bits=_widest(STORE.findall(code)),
+        occupancy=_occupancy(LIMITS[sm], case.num_warps, resources["REG"], built.metadata.shared),
     )
 
 
 def table(rows: Sequence[Compiled]) -> str:
-    """The rows for a person to read."""
-    head = f"{'kernel':<28} {'config':<40} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} mma"
+    """The rows for a person to read, under a line that says which compiler made them."""
+    kernel, config = (max((len(getattr(r, key)) for r in rows), default=0) for key in ("kernel", "config"))
+    head = f"{'kernel':<{kernel}} {'config':<{config}}  sm regs spill shared load store occup. mma"
     lines = [
-        f"{r.kernel:<28} {r.config:<40} {r.sm:>3} {r.registers:>4} {r.spill_bytes:>5} {r.shared_bytes:>6} "
-        f"{r.load_bits:>4} {' '.join(f'{k}:{v}' for k, v in r.mma_instructions.items())}"
+        f"{r.kernel:<{kernel}} {r.config:<{config}} {r.sm:>3} {r.registers:>4} {r.spill_bytes:>5} {r.shared_bytes:>6} "
+        f"{r.load_bits:>4} {r.store_bits:>5} {r.occupancy:>6.2f} "
+        + " ".join(f"{kind}:{count}" for kind, count in r.mma_instructions.items())
         for r in rows
     ]
-    return "\n".join([head, *lines])
+    return "\n".join(line.rstrip() for line in [_compiler(), head, *lines])
+
+
+def faults(rows: Sequence[Compiled]) -> list[str]:
+    """What no shipped configuration may have, a line each.
+
+    That is spills, more shared memory than there is, 16-bit attention without tensor cores, rows not moved by 16 bytes.
+    """
+    found = []
+    for row in rows:
+        attends = row.kernel.startswith("attention") and "fp32" not in row.config
+        wrong = {
+            f"spills {row.spill_bytes} bytes": row.spill_bytes > 0,
+            f"needs {row.shared_bytes} bytes of shared memory": row.occupancy == 0,
+            "has no tensor-core instruction": attends and not row.mma_instructions,
+            f"loads {row.load_bits} bits at most": row.load_bits < 128 and row.kernel not in SCALAR_LOADS,
+            f"stores {row.store_bits} bits at most": row.store_bits < 128 and row.kernel not in SCALAR_STORES,
+        }
+        found += [f"{row.kernel} {row.config} sm{row.sm} {what}" for what, holds in wrong.items() if holds]
+    return found
+
+
+def differences(rows: Sequence[Compiled], committed: str) -> list[str]:
+    """How the rows differ from a table printed before, as lines with - and +; none where another compiler made it."""
+    before, chips = committed.splitlines(), {row.sm for row in rows}
+    if before[0] != _compiler():
+        return []
+    old = {" ".join(line.split()) for line in before[2:]}
+    new = {" ".join(line.split()) for line in table(rows).splitlines()[2:]}
+    gone = sorted(
+        line for line in old - new if int(re.search(r" (\d+) \d+ \d+ \d+ \d+ \d+ \d\.\d\d", line)[1]) in chips
+    )
+    return [f"- {line}" for line in gone] + [f"+ {line}" for line in sorted(new - old)]
+
+
+def _compiler() -> str:
+    return f"triton {triton.__version__}"
 
 
 def as_json(rows: Sequence[Compiled]) -> list[dict]:
@@ -106,6 +177,20 @@ def as_json(rows: Sequence[Compiled]) -> list[dict]:
 def _compile(work: tuple[str, int, int]) -> Compiled:
     module, sm, place = work
     return compile_case(importlib.import_module(f"fastjepa.kernels.{module}").compile_cases(sm)[place], sm)
+
+
+def _widest(accesses: list[str]) -> int:
+    """Bits of the widest of these instructions: 32 unless they say more, 0 if there is none."""
+    return max((int(bits) for access in accesses for bits in re.findall(r"\.(64|128)\b", access)), default=0) or (
+        32 if accesses else 0
+    )
+
+
+def _occupancy(chip: Chip, num_warps: int, registers: int, shared: int) -> float:
+    of_a_warp = -(-registers * 32 // 256) * 256
+    programs = min(chip.programs, chip.warps // num_warps, REGISTERS // (of_a_warp * num_warps))
+    programs = min(programs, chip.shared // (shared + RESERVED)) if shared <= chip.shared_of_one else 0
+    return round(programs * num_warps / chip.warps, 3)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fastjepa import __version__
 
@@ -30,16 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, FloatingPointError) else 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists what there is\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    top = argparse.ArgumentParser(prog="fastjepa", description="I-JEPA pretraining, faster, with the official numbers.")
+    top = _Parser(prog="fastjepa", description="I-JEPA pretraining, faster, with the official numbers.")
     top.add_argument("--version", action="version", version=f"fastjepa {__version__}")
     top.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="pretrain a model", description="Pretrain as a YAML file says.")
     train.add_argument("config", help="YAML file (the official ones work unchanged) or the name of a shipped one")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings put on top of the file's")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings put on top of the file's"
+    )
     train.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
     train.set_defaults(run=_train)
 

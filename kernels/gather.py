@@ -45,8 +45,11 @@ def gather_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
 
 
 def scatter_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
-    """Four 16-byte accesses to a lane and tile. Unmeasured: chosen from compiled resources."""
-    return tile_config(width, dtype)
+    """Four 16-byte accesses to a lane and tile; on Blackwell, where the sums of four would spill, two.
+
+    Unmeasured: chosen from compiled resources.
+    """
+    return tile_config(width, dtype, vectors=2 if arch >= 100 and dtype.itemsize == 2 else 4)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_patches"])

@@ -110,7 +110,9 @@ def _sdpa(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout: 
     q, k, v = qkv.unbind(1)
     if scale != qkv.shape[3] ** -0.5:
         q = q * (scale * qkv.shape[3] ** 0.5)
-    return varlen_attn(q, k, v, offsets, offsets, max_length, max_length)
+    out = varlen_attn(q, k, v, offsets, offsets, max_length, max_length)
+    assert isinstance(out, Tensor)  # nothing else was asked for
+    return out
 
 
 _PEERS = {"flash-attn": _flash, "xformers": _xformers, "sdpa": _sdpa}

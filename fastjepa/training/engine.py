@@ -158,7 +158,7 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
     try:
         for batch in batches.loader(trainer.step, end, config.data.num_workers, pin):
             for line in unreadable.add(batch):
-                log.say(f"skipped a picture that cannot be read, the {len(unreadable.files)}th: {line}")
+                log.say(f"skipped a picture that cannot be read ({len(unreadable.files)} so far): {line}")
             loss, features = trainer.train_step(batch.to(trainer.device))
             meter.add(batch, loss, features)
             epoch_ends = trainer.step % batches.steps_per_epoch == 0
