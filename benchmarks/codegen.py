@@ -159,10 +159,13 @@ def differences(rows: Sequence[Compiled], committed: str) -> list[str]:
         return []
     old = {" ".join(line.split()) for line in before[2:]}
     new = {" ".join(line.split()) for line in table(rows).splitlines()[2:]}
-    gone = sorted(
-        line for line in old - new if int(re.search(r" (\d+) \d+ \d+ \d+ \d+ \d+ \d\.\d\d", line)[1]) in chips
-    )
+    gone = sorted(line for line in old - new if _chip(line) in chips)
     return [f"- {line}" for line in gone] + [f"+ {line}" for line in sorted(new - old)]
+
+
+def _chip(line: str) -> int:
+    """The sm of a line of the table: the seventh cell from the end, the counts of instructions left out."""
+    return int([cell for cell in line.split() if ":" not in cell][-7])
 
 
 def _compiler() -> str:

@@ -108,8 +108,7 @@ class RuntimeConfig:
     seed: int = 0
     save_every: int = 1000  # steps; a checkpoint is also saved at the end of each epoch
     keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
-    attention: str = "auto"  # backend, as fastjepa.ops.configure takes it
-    check_values: bool = False  # look into indices and offsets on the GPU too; waits for it at every operation
+    attention: str = "auto"  # backend, as fastjepa.ops.ragged_attention takes it
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
     progress: bool = True
 

@@ -3,7 +3,7 @@
 from fastjepa.nn.block import MLP, Block
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.predictor import VisionTransformerPredictor, vit_predictor
-from fastjepa.nn.ragged_attention import RaggedAttention
+from fastjepa.nn.ragged_attention import RaggedAttention, set_attention_backend
 from fastjepa.nn.vision_transformer import (
     VisionTransformer,
     vit_base,
@@ -21,6 +21,7 @@ __all__ = [
     "RaggedAttention",
     "VisionTransformer",
     "VisionTransformerPredictor",
+    "set_attention_backend",
     "vit_base",
     "vit_giant",
     "vit_huge",

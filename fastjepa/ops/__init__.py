@@ -1,20 +1,20 @@
 """The operations of I-JEPA as functions: validated, differentiable, one meaning on every device."""
 
-from fastjepa.ops.attention import ragged_attention
-from fastjepa.ops.backends import attention_backend, backends
+from fastjepa.ops.attention import ATTENTION_BACKENDS, attention_backend, check_backend, ragged_attention
+from fastjepa.ops.backends import backends
 from fastjepa.ops.ema import ema_update_
 from fastjepa.ops.gather import assemble_predictor, gather_tokens, scatter_tokens, take_rows
 from fastjepa.ops.loss import jepa_loss
 from fastjepa.ops.rows import add_layer_norm, bias_gelu
-from fastjepa.ops.settings import configure
 
 __all__ = [
+    "ATTENTION_BACKENDS",
     "add_layer_norm",
     "assemble_predictor",
     "attention_backend",
     "backends",
     "bias_gelu",
-    "configure",
+    "check_backend",
     "ema_update_",
     "gather_tokens",
     "jepa_loss",

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from fastjepa.kernels.reference import ragged_attention_ref
 from fastjepa.ops import library
-from fastjepa.ops.settings import check_offsets, current
+from fastjepa.ops.checks import check_offsets
+
+ATTENTION_BACKENDS = ("auto", "triton", "flash-attn", "xformers", "sdpa", "reference")
+_MODULES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers"}
 
 
 def ragged_attention(
-    qkv: Tensor, offsets: Tensor, max_length: int, scale: float | None = None, dropout: float = 0.0
+    qkv: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    check: bool = False,
 ) -> Tensor:
     """softmax(q k^T * scale) v, each packed sequence on its own.
 
@@ -22,15 +33,20 @@ def ragged_attention(
         scale: d ** -0.5 unless given.
         dropout: probability of dropping an attention weight (training only; the caller says when). With "auto",
             dropout, fp64, and head widths that 8 does not divide or above 128 take the reference everywhere.
+        backend: "auto": our kernel for CUDA tensors, "reference" for others. "triton": our kernel. "flash-attn",
+            "xformers": those packages, where installed. "sdpa": what PyTorch has, `torch.nn.attention.varlen` for
+            16-bit CUDA tensors and scaled_dot_product_attention elsewhere. "reference": scaled_dot_product_attention
+            over sequences padded to the longest. One that is asked for by name runs or raises; only "auto" chooses.
+        check: look into offsets on CUDA too, which waits for the device.
 
     Returns:
         [T, H, d] in qkv's dtype.
 
     Raises:
-        ValueError: shapes or dtypes other than these, offsets that do not fit (see `configure`), or a backend asked
-            for by name that does not take such tensors.
+        ValueError: shapes or dtypes other than these, offsets that do not fit (looked into on the CPU, or with
+            `check`), or a backend asked for by name that is not there or does not take such tensors.
 
-    Source: equation 1 of Vaswani et al. 2017 (arXiv 1706.03762). The backend is that of `fastjepa.ops.configure`.
+    Source: equation 1 of Vaswani et al. 2017 (arXiv 1706.03762).
 
     >>> qkv = torch.randn(5, 3, 2, 8)
     >>> ragged_attention(qkv, torch.tensor([0, 2, 5], dtype=torch.int32), 3).shape
@@ -46,20 +62,44 @@ def ragged_attention(
         raise ValueError(
             f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {qkv.shape[0]}"
         )
-    check_offsets(offsets, qkv.shape[0], max_length)
+    check_offsets(offsets, qkv.shape[0], max_length, check)
     factor = qkv.shape[3] ** -0.5 if scale is None else scale
-    backend = current.attention
     if backend == "auto":
         backend = "triton" if library.takes_kernels(qkv) and not _refuses(qkv, factor, dropout) else "reference"
     elif backend == "triton" and (reason := _refuses(qkv, factor, dropout)):
-        raise ValueError(f"attention='triton' takes {reason}, got {_described(qkv, factor, dropout)}")
+        raise ValueError(f"the triton backend takes {reason}, got {_described(qkv, factor, dropout)}")
     if backend == "triton":
         from fastjepa.kernels.attention import ragged_attention as kernel
 
         return library.call(kernel, qkv, offsets, max_length, factor)
-    if backend in _PEERS:
-        return _PEERS[backend](qkv, offsets, max_length, factor, dropout)
-    return ragged_attention_ref(qkv, offsets, max_length, factor, dropout)
+    if backend == "reference":
+        return ragged_attention_ref(qkv, offsets, max_length, factor, dropout)
+    check_backend(backend)
+    return _PEERS[backend](qkv, offsets, max_length, factor, dropout)
+
+
+def check_backend(backend: str) -> None:
+    """Whether a backend of `ragged_attention` is there.
+
+    Raises:
+        ValueError: an unknown one, or one whose package is not installed.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"the backend of attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
+    module = _MODULES.get(backend)
+    if module and importlib.util.find_spec(module) is None:
+        raise ValueError(f"the {backend} backend needs that package: pip install {backend}")
+
+
+def attention_backend(device: torch.device, backend: str = "auto") -> str:
+    """The backend that `ragged_attention` takes for tensors on `device`.
+
+    >>> attention_backend(torch.device("cpu"))
+    'reference'
+    """
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" else "reference"
 
 
 def _refuses(qkv: Tensor, scale: float, dropout: float) -> str | None:
@@ -80,10 +120,7 @@ def _described(qkv: Tensor, scale: float, dropout: float) -> str:
 
 def _flash(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout: float) -> Tensor:
     if not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"attention='flash-attn' takes fp16 or bf16 on CUDA, got {_described(qkv, scale, dropout)}; "
-            "attention='auto' takes any"
-        )
+        raise ValueError(f"the flash-attn backend takes fp16 or bf16 on CUDA, got {_described(qkv, scale, dropout)}")
     from flash_attn import flash_attn_varlen_qkvpacked_func  # type: ignore[import-not-found]
 
     return flash_attn_varlen_qkvpacked_func(qkv, offsets, max_length, dropout, softmax_scale=scale)
@@ -92,7 +129,7 @@ def _flash(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout:
 def _xformers(qkv: Tensor, offsets: Tensor, max_length: int, scale: float, dropout: float) -> Tensor:
     """Its mask is made of lengths on the host, so every call waits for the device."""
     if not qkv.is_cuda:
-        raise ValueError(f"attention='xformers' takes CUDA tensors, got {_described(qkv, scale, dropout)}")
+        raise ValueError(f"the xformers backend takes CUDA tensors, got {_described(qkv, scale, dropout)}")
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask  # type: ignore[import-not-found]
 

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from fastjepa.ops.settings import current
-
 # Operation -> the module of fastjepa.kernels that its CUDA path launches; None where it is PyTorch on every device.
 # A test compares this with what fastjepa imports, so that it cannot say more or less than what runs.
 KERNELS: dict[str, str | None] = {
@@ -24,7 +22,7 @@ KERNELS: dict[str, str | None] = {
 
 
 class Backend(NamedTuple):
-    """What an operation runs on: `name` is "triton", "torch" or the backend asked for; `reason` is a few words."""
+    """What an operation runs on: `name` is "triton" or "torch", `reason` says why in a few words."""
 
     name: str
     reason: str
@@ -37,23 +35,7 @@ def backends() -> dict[str, Backend]:
     True
     """
     cuda = torch.cuda.is_available()
-    found = {operation: _backend(kernel, cuda) for operation, kernel in KERNELS.items()}
-    if current.attention != "auto":
-        found["ragged_attention"] = Backend(
-            current.attention, f"fastjepa.ops.configure(attention={current.attention!r})"
-        )
-    return found
-
-
-def attention_backend(device: torch.device) -> str:
-    """The backend that `ragged_attention` takes for tensors on `device`: what `configure` was told, or chosen.
-
-    >>> attention_backend(torch.device("cpu"))
-    'reference'
-    """
-    if current.attention != "auto":
-        return current.attention
-    return "triton" if device.type == "cuda" else "reference"
+    return {operation: _backend(kernel, cuda) for operation, kernel in KERNELS.items()}
 
 
 def _backend(kernel: str | None, cuda: bool) -> Backend:

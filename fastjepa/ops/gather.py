@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, scatter_rows_ref
 from fastjepa.ops import library
-from fastjepa.ops.settings import check_range
+from fastjepa.ops.checks import check_range
 from fastjepa.ragged import Ragged, image_rows, sequence_ids
 
 
-def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> Ragged:
+def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None, *, check: bool = False) -> Ragged:
     """The tokens that `index` names, packed; with `pos_embed`, the position of each is added in the same pass.
 
     Shapes:
@@ -24,7 +24,7 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> 
 
     Raises:
         ValueError: shapes or dtypes other than these, sequences that do not fit B images, or an index out of range
-            (on CUDA only looked for where `configure(check_values=True)` asks).
+            (looked for on the CPU; on CUDA, where it waits for the device, only with `check`).
 
     >>> x = torch.arange(6.0).view(1, 3, 2)
     >>> gather_tokens(x, Ragged.from_list([torch.tensor([2, 0])])).values.tolist()
@@ -36,12 +36,12 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None) -> 
     batch, patches, width = x.shape
     if pos_embed is not None and pos_embed.shape != (patches, width):
         raise ValueError(f"pos_embed must be [N, D] = [{patches}, {width}], got {list(pos_embed.shape)}")
-    check_range("index", index.values, 0, patches - 1)
+    check_range("index", index.values, 0, patches - 1, check)
     rows = image_rows(index, batch, patches)
     return index.with_values(_gather(x.reshape(-1, width), rows, pos_embed))
 
 
-def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
+def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int, *, check: bool = False) -> Tensor:
     """Tokens put back at the places that `index` names, zero elsewhere; repeated indices add.
 
     Shapes:
@@ -58,7 +58,7 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
         raise ValueError(
             f"tokens must be [T, D] with the T = {index.values.shape[0]} of index, got {list(tokens.values.shape)}"
         )
-    check_range("index", index.values, 0, num_tokens - 1)
+    check_range("index", index.values, 0, num_tokens - 1, check)
     rows = sequence_ids(index) * num_tokens + index.values
     num_rows = index.num_sequences * num_tokens
     if library.takes_kernels(tokens.values):
@@ -71,7 +71,7 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int) -> Tensor:
 
 
 def assemble_predictor(
-    context: Tensor, mask_token: Tensor, pos_embed: Tensor, source: Tensor, patches: Tensor
+    context: Tensor, mask_token: Tensor, pos_embed: Tensor, source: Tensor, patches: Tensor, *, check: bool = False
 ) -> Tensor:
     """The predictor's input: context tokens and mask tokens, each with its position, in one pass.
 
@@ -94,8 +94,8 @@ def assemble_predictor(
         )
     if source.dim() != 1 or source.shape != patches.shape:
         raise ValueError(f"source and patches must both be [T], got {list(source.shape)} and {list(patches.shape)}")
-    check_range("source", source, -1, context.shape[0] - 1)
-    check_range("patches", patches, 0, pos_embed.shape[0] - 1)
+    check_range("source", source, -1, context.shape[0] - 1, check)
+    check_range("patches", patches, 0, pos_embed.shape[0] - 1, check)
     if library.takes_kernels(context):
         from fastjepa.kernels.gather import assemble_predictor as kernel
 
@@ -103,7 +103,7 @@ def assemble_predictor(
     return assemble_predictor_ref(context, mask_token, pos_embed, source, patches)
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+def take_rows(x: Tensor, rows: Tensor, *, check: bool = False) -> Tensor:
     """x[rows], no row named twice.
 
     Shapes: x [R, D]; rows int32 or int64 [T] in 0..R-1 -> [T, D].
@@ -113,7 +113,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """
     if x.dim() != 2 or rows.dim() != 1:
         raise ValueError(f"expected x [R, D] and rows [T], got {list(x.shape)} and {list(rows.shape)}")
-    check_range("rows", rows, 0, x.shape[0] - 1)
+    check_range("rows", rows, 0, x.shape[0] - 1, check)
     return _gather(x, rows, None, unique=True)
 
 

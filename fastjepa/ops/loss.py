@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import jepa_loss_ref
 from fastjepa.ops import library
-from fastjepa.ops.settings import check_range
+from fastjepa.ops.checks import check_range
 from fastjepa.pairing import Pairing, select_sequences
 from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
 
-def jepa_loss(prediction: Tensor | Ragged, target_features: Tensor, masks_pred: list[Tensor] | Ragged) -> Tensor:
+def jepa_loss(
+    prediction: Tensor | Ragged, target_features: Tensor, masks_pred: list[Tensor] | Ragged, *, check: bool = False
+) -> Tensor:
     """Smooth-L1 (beta 1) between predictions and the layer-normalised target features of the masked patches.
 
     Shapes:
@@ -39,7 +41,7 @@ def jepa_loss(prediction: Tensor | Ragged, target_features: Tensor, masks_pred: 
     tokens = masks.values.shape[0]
     if flat.shape[1] != width or (tokens and flat.shape[0] % tokens) or (not tokens and flat.shape[0]):
         raise ValueError(f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}")
-    check_range("masks_pred", masks.values, 0, patches - 1)
+    check_range("masks_pred", masks.values, 0, patches - 1, check)
     rows = image_rows(masks, batch, patches)
     contexts = flat.shape[0] // tokens if tokens else 1
     if contexts > 1:  # every target is predicted once from each context

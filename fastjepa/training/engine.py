@@ -13,14 +13,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastjepa import ops
 from fastjepa.config import Config
 from fastjepa.data import Augment, Batch, TrainingBatches, find_images
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.flops import peak_flops
 from fastjepa.masks import MaskCollator
+from fastjepa.nn import set_attention_backend
 from fastjepa.objective import IJEPA
+from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
 from fastjepa.training.log import RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
@@ -45,12 +46,12 @@ class Trainer:
     def __init__(self, config: Config, steps_per_epoch: int):
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.device = pick_device(config.runtime.device)
-        try:
-            ops.configure(attention=config.runtime.attention, check_values=config.runtime.check_values)
-        except ValueError as error:
-            raise ValueError(f"runtime.attention: {error}") from None
         seed_everything(config.runtime.seed)
         self.model = build_models(config).to(self.device)
+        try:
+            set_attention_backend(self.model, config.runtime.attention)
+        except ValueError as error:
+            raise ValueError(f"runtime.attention: {error}") from None
         self.optimizer = build_optimizer(self.model)
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
@@ -248,7 +249,7 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     """What a run says before its first step."""
     count = sum(p.numel() for p in trainer.model.encoder.parameters())
     masks = "ragged" if config.mask.ragged else "cut to the shortest"
-    attention = ops.attention_backend(trainer.device)
+    attention = attention_backend(trainer.device, config.runtime.attention)
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
         f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "

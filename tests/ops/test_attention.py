@@ -1,4 +1,4 @@
-"""The backend of attention and the checks of values: chosen, said, and what they refuse."""
+"""The backends of attention, and the checks of offsets and indices."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ import torch
 
 from fastjepa import Ragged, ops
 from fastjepa.kernels.reference import ragged_attention_ref
+from fastjepa.nn import RaggedAttention, set_attention_backend
 from fastjepa.ops import attention, library
-from fastjepa.ops.settings import ATTENTION_BACKENDS, configure, current
 from tests.helpers import distance
-
-
-@pytest.fixture(autouse=True)
-def defaults():
-    with configure():
-        yield
 
 
 def batch(lengths=(3, 0, 2), **options):
@@ -26,63 +20,56 @@ def batch(lengths=(3, 0, 2), **options):
     return qkv, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), max(lengths)
 
 
-def test_a_choice_holds_until_the_block_ends():
-    configure(attention="sdpa")
-    with configure(attention="reference", check_values=True):
-        assert (current.attention, current.check_values) == ("reference", True)
-        assert ops.attention_backend(torch.device("cuda")) == "reference"
-        assert ops.backends()["ragged_attention"].name == "reference"
-    assert (current.attention, current.check_values) == ("sdpa", False)
-    assert ops.backends()["ragged_attention"].name == "sdpa"
+def test_a_model_takes_a_backend_and_another_keeps_its_own():
+    model, other = (torch.nn.ModuleList([RaggedAttention(16, 2), RaggedAttention(16, 2)]) for _ in "ab")
+    assert set_attention_backend(model, "sdpa") == 2
+    assert [module.backend for module in (*model, *other)] == ["sdpa", "sdpa", "auto", "auto"]
+    assert ops.attention_backend(torch.device("cuda"), "sdpa") == "sdpa"
+    assert ops.attention_backend(torch.device("cuda")) == "triton"
+    with pytest.raises(ValueError, match="got 'flash'"):
+        set_attention_backend(model, "flash")
 
 
 @pytest.mark.parametrize("name", ["sdpa", "reference", "auto"])
 def test_backends_that_take_anything(name):
     qkv, offsets, longest = batch(dtype=torch.float64)
-    with configure(attention=name):
-        assert (
-            distance(ops.ragged_attention(qkv, offsets, longest), ragged_attention_ref(qkv, offsets, longest)) < 1e-12
-        )
+    out = ops.ragged_attention(qkv, offsets, longest, backend=name)
+    assert distance(out, ragged_attention_ref(qkv, offsets, longest)) < 1e-12
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="attention must be one of auto, triton, .*, got 'flash'"):
-        configure(attention="flash")
-    assert current.attention == "auto"
+    with pytest.raises(ValueError, match="must be one of auto, triton, .*, got 'flash'"):
+        ops.ragged_attention(*batch(), backend="flash")
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "xformers"])
 def test_backend_that_is_not_installed(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    with pytest.raises(ValueError, match=f"attention='{name}' needs that package: pip install {name}"):
-        configure(attention=name)
+    with pytest.raises(ValueError, match=f"the {name} backend needs that package: pip install {name}"):
+        ops.ragged_attention(*batch(), backend=name)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash-attn", "xformers"])
 def test_backend_asked_for_by_name_raises_where_it_cannot_run(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: object())
-    qkv, offsets, longest = batch()
-    with (
-        configure(attention=name),
-        pytest.raises(ValueError, match=rf"'{name}' takes .*CUDA.* got .*\[5, 3, 2, 8\] on cpu"),
-    ):
-        ops.ragged_attention(qkv, offsets, longest)
+    with pytest.raises(ValueError, match=rf"the {name} backend takes .*CUDA.* got .*\[5, 3, 2, 8\] on cpu"):
+        ops.ragged_attention(*batch(), backend=name)
 
 
-def test_triton_says_what_it_does_not_take(monkeypatch):
+@pytest.mark.parametrize(
+    ("width", "dtype", "options", "message"),
+    [
+        (8, torch.float64, {}, "fp32, fp16 or bf16"),
+        (12, torch.float32, {}, "head widths"),
+        (8, torch.float32, {"dropout": 0.1}, "no dropout"),
+        (8, torch.float32, {"scale": -1.0}, "positive scale"),
+    ],
+)
+def test_triton_says_what_it_does_not_take(monkeypatch, width, dtype, options, message):
     monkeypatch.setattr(library, "takes_kernels", lambda x: True)
     _, offsets, longest = batch()
-    wrong = [
-        (torch.randn(5, 3, 2, 8).double(), {}, "fp32, fp16 or bf16"),
-        (torch.randn(5, 3, 2, 12), {}, "head widths"),
-    ]
-    wrong += [
-        (torch.randn(5, 3, 2, 8), {"dropout": 0.1}, "no dropout"),
-        (torch.randn(5, 3, 2, 8), {"scale": -1.0}, "scale"),
-    ]
-    for qkv, options, message in wrong:
-        with configure(attention="triton"), pytest.raises(ValueError, match=message):
-            ops.ragged_attention(qkv, offsets, longest, **options)
+    with pytest.raises(ValueError, match=message):
+        ops.ragged_attention(torch.randn(5, 3, 2, width, dtype=dtype), offsets, longest, backend="triton", **options)
 
 
 class OnCuda(torch.Tensor):
@@ -185,8 +172,8 @@ def assemble(source=(0,), patches=(0,)):
 @pytest.mark.gpu
 def test_values_on_cuda_are_looked_into_only_where_asked_for():
     x, rows = torch.randn(2, 8, device="cuda"), torch.tensor([2], device="cuda")
-    with configure(check_values=True), pytest.raises(ValueError, match="rows must be in 0..1"):
-        ops.take_rows(x, rows)
+    with pytest.raises(ValueError, match="rows must be in 0..1"):
+        ops.take_rows(x, rows, check=True)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -196,15 +183,14 @@ def test_values_on_cuda_are_looked_into_only_where_asked_for():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("name", ops.ATTENTION_BACKENDS)
 def test_every_backend_on_a_gpu(name):
     try:
-        choice = configure(attention=name)
+        ops.check_backend(name)
     except ValueError as error:
         pytest.skip(str(error))
     qkv, offsets, longest = batch((110, 0, 90), device="cuda", dtype=torch.bfloat16)
     offsets = offsets.cuda()
-    with choice:
-        out = ops.ragged_attention(qkv, offsets, longest, 0.3)
+    out = ops.ragged_attention(qkv, offsets, longest, 0.3, backend=name)
     exact = ragged_attention_ref(qkv.double(), offsets, longest, 0.3)
     assert distance(out.double(), exact) < 0.02
