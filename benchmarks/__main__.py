@@ -20,6 +20,12 @@ def main() -> int:
         wrong = codegen.faults(compiled)
         if arguments.check:
             wrong += codegen.differences(compiled, arguments.check.read_text(encoding="utf-8"))
+    elif arguments.suite == "kernels":
+        from benchmarks import kernels
+
+        rows = kernels.run(repeats=arguments.repeats)
+        text = kernels.table(rows)
+        wrong = [f"{row['peer']} {row['operation']}: {row['wrong']}" for row in rows if "wrong" in row]
     elif arguments.suite == "masks":
         from benchmarks import masks
 
@@ -53,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     codegen.add_argument(
         "--check", type=Path, metavar="TABLE", help="fail where this differs from a table printed before"
     )
+    kernels = suites.add_parser("kernels", help="every operation against its peers")
+    kernels.add_argument("--repeats", type=int, default=30)
     masks = suites.add_parser("masks", help="what drawing masks costs")
     step = suites.add_parser("step", help="whole training steps, naive eager and ours, in one run")
     step.add_argument(
@@ -62,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--batch-size", type=int, default=16)
     step.add_argument("--steps", type=int, default=8)
     step.add_argument("--threads", type=int, default=2)
-    for suite in (codegen, masks, step):
+    for suite in (codegen, kernels, masks, step):
         suite.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
     return parser
 

@@ -150,7 +150,7 @@ def test_bad_input():
         model(torch.zeros(1, 1, 32, 32))
     with pytest.raises(ValueError, match="does not divide an image of 30x32"):
         model(torch.zeros(1, 3, 30, 32))
-    with pytest.raises(ValueError, match="patches 0..4"):
+    with pytest.raises(ValueError, match="index must be in 0..3, got values in 0..4"):
         model(torch.zeros(1, 3, 32, 32), [torch.tensor([[0, 4]])])
     with pytest.raises(ValueError, match="do not fit 1 images"):
         model(
