@@ -59,6 +59,7 @@ wheel: $(VENV)/.test
 gpu: $(VENV)/.test $(VENV)/.bench
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA GPU; fastjepa doctor says what is here")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" tests/ops/test_library.py tests/test_optim.py $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks kernels
 	$(BIN)/python -m benchmarks step
 

@@ -86,14 +86,17 @@ def test_golden_lists_on_kernels(golden, kernels):
     assert distance(model.loss(images, masks_enc, masks_pred).cpu(), arrays["out/loss"]) < 1e-5
 
 
-@pytest.mark.parametrize("on_kernels", [True, False])
-def test_whole_model_is_one_graph(golden, monkeypatch, on_kernels):
+@pytest.mark.parametrize(
+    "on_kernels, backend",
+    [(True, "aot_eager"), (False, "aot_eager"), pytest.param(True, "inductor", marks=pytest.mark.gpu)],
+)
+def test_whole_model_is_one_graph(golden, monkeypatch, on_kernels, backend):
     monkeypatch.setattr(fastjepa.ops.library, "takes_kernels", lambda x: on_kernels)
     arrays = golden("ijepa_two_contexts")
     model, images = golden_model(arrays).to(DEVICE), torch.tensor(arrays["images"], device=DEVICE)
     masks_enc, masks_pred = (m.to(DEVICE) for m in golden_ragged(arrays))
     torch._dynamo.reset()
-    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.loss, fullgraph=True, backend=backend)
     loss = compiled(images, masks_enc, masks_pred)
     assert distance(loss.cpu(), arrays["ragged/loss"]) < 1e-5
     loss.backward()
