@@ -31,6 +31,11 @@ def main() -> int:
 
         rows = host.measure()
         text = _table(rows)
+    elif arguments.suite == "roofline":
+        from benchmarks import roofline
+
+        rows = roofline.measure()
+        text = roofline.table(rows)
     elif arguments.suite == "masks":
         from benchmarks import masks
 
@@ -67,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels = suites.add_parser("kernels", help="every operation against its peers")
     kernels.add_argument("--repeats", type=int, default=30)
     host = suites.add_parser("host", help="what launching costs the processor, with no GPU needed")
+    roofline = suites.add_parser("roofline", help="what each operation costs at least, by count; nothing runs")
     masks = suites.add_parser("masks", help="what drawing masks costs")
     step = suites.add_parser("step", help="whole training steps, naive eager and ours, in one run")
     step.add_argument(
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--batch-size", type=int, default=16)
     step.add_argument("--steps", type=int, default=8)
     step.add_argument("--threads", type=int, default=2)
-    for suite in (codegen, kernels, host, masks, step):
+    for suite in (codegen, kernels, host, roofline, masks, step):
         suite.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
     return parser
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -105,8 +105,8 @@ def _optimizers() -> Iterator[tuple[str, Callable, Callable]]:
         def _takes_kernels(self) -> bool:
             return True
 
-    def leaves() -> list[torch.nn.Parameter]:
-        ours = [torch.nn.Parameter(torch.zeros(8)) for _ in range(TENSORS)]
+    def leaves() -> list[Tensor]:
+        ours: list[Tensor] = [torch.nn.Parameter(torch.zeros(8)) for _ in range(TENSORS)]
         for p in ours:
             p.grad = torch.zeros(8)
         return ours
