@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks import bench_attention, bench_ema, bench_rows
 from benchmarks.operations import Operation, Sizes
 from benchmarks.timing import copy_bandwidth, machine, matmul_rate, measure
+from fastjepa.chips import chip
 
 FILES = (bench_rows, bench_attention, bench_ema)
-# Bytes and FLOPs a second of the chips that the written floors are for, from NVIDIA's data sheets (dense bf16).
-CHIPS = {"A100-80G": (2039e9, 312e12), "H200": (4800e9, 989.4e12)}
+CHIPS = tuple(chip(name) for name in ("a100-80g", "h200"))  # that the written floors are for
 
 
 def operations(device: torch.device) -> Iterator[Operation]:
@@ -44,7 +44,7 @@ def rows_of(operation: Operation, device: torch.device, repeats: int) -> list[di
     cost = operation.cost
     floor = max(cost.bytes / copy_bandwidth(device), cost.flops / matmul_rate(device))
     common = {"operation": operation.name, "case": operation.case, "bytes": cost.bytes, "flops": cost.flops}
-    common |= {f"floor_{chip}_us": 1e6 * max(cost.bytes / b, cost.flops / f) for chip, (b, f) in CHIPS.items()}
+    common |= {f"floor_{c.name}_us": 1e6 * max(cost.bytes / c.bandwidth, cost.flops / c.flops) for c in CHIPS}
     exact = [x.cpu() for x in operation.exact()]
     rows, allowed = [], None
     for peer in operation.peers:
@@ -106,7 +106,7 @@ def table(rows: Sequence[dict]) -> str:
     for row in rows:
         if shown != (row["operation"], row["case"]):
             shown = row["operation"], row["case"]
-            floors = ", ".join(f"{chip} {row[f'floor_{chip}_us']:.0f} us" for chip in CHIPS)
+            floors = ", ".join(f"{c.name} {row[f'floor_{c.name}_us']:.0f} us" for c in CHIPS)
             lines += ["", f"{row['operation']}: {row['case']} (floors by data sheet: {floors})"]
         if "ms" not in row:
             lines.append(f"  {row['peer']:<40} {row.get('absent') or 'WRONG: ' + row['wrong']}")

@@ -109,7 +109,7 @@ def measure() -> list[dict]:
     for name, cost, torchs, padded in rows():
         row = {"operation": name, "MB": cost.bytes / 1e6, "GFLOP": cost.flops / 1e9, "launches": cost.launches}
         matmuls = cost.flops if padded else 0  # the others' FLOPs are no tensor core's
-        for chip, (bandwidth, peak) in CHIPS.items():
+        for chip, bandwidth, peak in ((c.name, c.bandwidth, c.flops) for c in CHIPS):
             row[f"{chip} floor us"] = 1e6 * max(cost.bytes / bandwidth, matmuls / peak)
             estimated = cost.bytes / bandwidth / SHARE["bandwidth"], padded * matmuls / peak / SHARE["tensor cores"]
             row[f"{chip} estimate us"] = 1e6 * max(estimated)
@@ -121,7 +121,7 @@ def measure() -> list[dict]:
 
 def table(found: Sequence[dict]) -> str:
     """As Markdown."""
-    chips = [f"{chip} {what}" for chip in CHIPS for what in ("floor us", "estimate us", "bound by")]
+    chips = [f"{chip.name} {what}" for chip in CHIPS for what in ("floor us", "estimate us", "bound by")]
     columns = ["operation", "MB", "GFLOP", "launches", *chips, "torch bytes over ours"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in found]

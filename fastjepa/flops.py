@@ -9,24 +9,6 @@ from torch import Tensor
 
 from fastjepa.ragged import Ragged
 
-# Dense bf16 tensor-core peak in FLOP/s, fp32 accumulation, from NVIDIA's data sheets; SXM parts where there are two.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989.4e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362.05e12,
-    "RTX 4090": 165.2e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of a GPU by its name, None where it is not in the table (or no GPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
-
 
 @dataclass(frozen=True)
 class Tower:

@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from fastjepa.chips import chip_of
 from fastjepa.config import Config
 from fastjepa.data import Augment, Batch, TrainingBatches, find_images
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
-from fastjepa.flops import peak_flops
 from fastjepa.masks import MaskCollator
 from fastjepa.nn import set_attention_backend
 from fastjepa.objective import IJEPA
@@ -96,7 +96,8 @@ class Meter:
 
     def __post_init__(self) -> None:
         self.flops = step_flops(self.trainer.model)
-        self.peak = peak_flops(self.trainer.device)
+        chip = chip_of(self.trainer.device)
+        self.peak = chip.flops if chip else None
 
     def add(self, batch: Batch, loss: Tensor, features: Tensor) -> None:
         """Note the step that was just taken on `batch` (the one on the CPU)."""

@@ -26,7 +26,7 @@ def test_parameters_are_the_models():
 def test_floors_and_estimates_stand_in_order():
     for row in roofline.measure():
         for chip in roofline.CHIPS:
-            assert 0 < row[f"{chip} floor us"] <= row[f"{chip} estimate us"]
+            assert 0 < row[f"{chip.name} floor us"] <= row[f"{chip.name} estimate us"]
         assert row["torch bytes over ours"] is None or row["torch bytes over ours"] >= 1
 
 
