@@ -4,98 +4,94 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn
+
+# A suite is a module with add_arguments(parser), run(arguments) -> rows, table(rows) -> text, and
+# faults(rows, arguments) -> lines, what is not as it has to be.
+SUITES = {
+    "kernels": "every operation against its peers",
+    "step": "whole training steps: eager, compiled and ours in one run",
+    "scaling": "a training step against batch, tokens, width and parameters",
+    "masks": "what drawing masks costs",
+    "input": "what reading pictures costs",
+    "codegen": "every kernel compiled for chips that need not be here",
+    "host": "what launching costs the processor, with no GPU needed",
+    "roofline": "what each operation costs at least, by count; nothing runs",
+    "report": "tables and pictures of results",
+}
+UNTIMED = ("codegen", "roofline", "report")  # suites whose rows are no machine's
 
 
-def main() -> int:
-    """Run a suite; print its table, write its JSON. 1 where something is not as it has to be."""
-    arguments = _parser().parse_args()
-    wrong: list[str] = []
-    if arguments.suite == "codegen":
-        from benchmarks import codegen
-
-        compiled = codegen.compile_all(tuple(arguments.sm or codegen.CHIPS))
-        rows, text = codegen.as_json(compiled), codegen.table(compiled)
-        wrong = codegen.faults(compiled)
-        if arguments.check:
-            wrong += codegen.differences(compiled, arguments.check.read_text(encoding="utf-8"))
-    elif arguments.suite == "kernels":
-        from benchmarks import kernels
-
-        rows = kernels.run(repeats=arguments.repeats)
-        text = kernels.table(rows)
-        wrong = [f"{row['peer']} {row['operation']}: {row['wrong']}" for row in rows if "wrong" in row]
-    elif arguments.suite == "host":
-        from benchmarks import host
-
-        rows = host.measure()
-        text = _table(rows)
-    elif arguments.suite == "roofline":
-        from benchmarks import roofline
-
-        rows = roofline.measure()
-        text = roofline.table(rows)
-    elif arguments.suite == "masks":
-        from benchmarks import masks
-
-        rows = masks.measure()
-        text = _table(rows)
-    else:
-        from benchmarks import step
-
-        rows = step.measure(
-            arguments.model, arguments.patch_size, arguments.batch_size, arguments.steps, arguments.threads
-        )
-        text = _table(rows)
-    if arguments.json == "-":
-        print(json.dumps(rows, indent=1))
-    else:
-        print(text)
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a suite and print its table. 1 where something is not as it has to be, 2 for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = _Parser(prog="python -m benchmarks", description="What fastjepa costs, and what its peers cost.")
+    top.add_argument("suite", choices=SUITES, metavar="SUITE", help="; ".join(f"{k}: {v}" for k, v in SUITES.items()))
+    name = top.parse_args(argv[:1]).suite
+    parser = _Parser(prog=f"python -m benchmarks {name}", description=SUITES[name])
+    suite = import_module(f"benchmarks.{name}")
+    suite.add_arguments(parser)
+    if name != "report":
+        parser.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
+    if name not in UNTIMED:
+        parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/<device>")
+    arguments = parser.parse_args(argv[1:])
+    try:
+        rows = suite.run(arguments)
+        _put(name, argv, arguments, rows, suite.table(rows))
+    except ValueError as error:
+        print(f"python -m benchmarks {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    wrong = suite.faults(rows, arguments)
     if wrong:
         print(f"{len(wrong)} lines are not as they have to be:", *wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
-    codegen = suites.add_parser("codegen", help="compile every kernel for chips that need not be here")
-    codegen.add_argument(
-        "--sm", type=int, action="append", choices=(80, 86, 89, 90, 100, 120), help="default: 80 to 100"
-    )
-    codegen.add_argument(
-        "--check", type=Path, metavar="TABLE", help="fail where this differs from a table printed before"
-    )
-    kernels = suites.add_parser("kernels", help="every operation against its peers")
-    kernels.add_argument("--repeats", type=int, default=30)
-    host = suites.add_parser("host", help="what launching costs the processor, with no GPU needed")
-    roofline = suites.add_parser("roofline", help="what each operation costs at least, by count; nothing runs")
-    masks = suites.add_parser("masks", help="what drawing masks costs")
-    step = suites.add_parser("step", help="whole training steps, naive eager and ours, in one run")
-    step.add_argument(
-        "--model", default="vit_small", choices=[f"vit_{s}" for s in ("tiny", "small", "base", "large", "huge")]
-    )
-    step.add_argument("--patch-size", type=int, default=16)
-    step.add_argument("--batch-size", type=int, default=16)
-    step.add_argument("--steps", type=int, default=8)
-    step.add_argument("--threads", type=int, default=2)
-    for suite in (codegen, kernels, host, roofline, masks, step):
-        suite.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
-    return parser
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists what there is\n")
 
 
-def _table(rows: list[dict]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) for line in [columns, *cells])
+def _put(name: str, argv: list[str], arguments: argparse.Namespace, rows: list[dict[str, Any]], text: str) -> None:
+    """Print the table or the JSON, and write what is asked for."""
+    to = getattr(arguments, "json", None)
+    if name in UNTIMED:
+        content, head = json.dumps(rows, indent=1) + "\n", ""
+    else:
+        from benchmarks import results
+        from benchmarks.machine import machine, summary
+
+        run = results.run_of(name, shlex.join(["python", "-m", "benchmarks", *_without_outputs(argv)]), machine(), rows)
+        content, head = results.document([run]), summary(run["machine"]) + "\n"
+        if arguments.save:
+            print(f"kept in {results.save(run)}", file=sys.stderr)
+    if to == "-":
+        print(content, end="")
+        return
+    print(head + text)
+    if to:
+        try:
+            Path(to).write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--json: cannot write {to}: {error.strerror}") from error
 
 
-def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _without_outputs(argv: list[str]) -> list[str]:
+    """The arguments that bear on the rows."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != "--save" and word != "--json" and not word.startswith("--json="):
+            kept.append(word)
+        skip = word == "--json" and not skip
+    return kept
 
 
 if __name__ == "__main__":

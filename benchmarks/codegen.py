@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import re
@@ -77,6 +78,37 @@ class Compiled:
     occupancy: float
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Chips, and a table to compare with."""
+    parser.add_argument("--sm", type=int, action="append", choices=tuple(LIMITS), help="default: 80 to 100")
+    parser.add_argument(
+        "--check", type=Path, metavar="TABLE", help="fail where this differs from a table printed before"
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row, as plain values, for each configuration and chip.
+
+    Raises:
+        ValueError: a table to compare with that cannot be read.
+    """
+    if arguments.check and not arguments.check.is_file():
+        raise ValueError(f"--check: no such file: {arguments.check}")
+    return [asdict(row) for row in compile_all(tuple(arguments.sm or CHIPS))]
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows for a person to read, under a line that says which compiler made them."""
+    return listing([Compiled(**row) for row in rows])
+
+
+def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
+    """What no shipped configuration may have, and what differs from the table that was named."""
+    compiled = [Compiled(**row) for row in rows]
+    wrong = shortcomings(compiled)
+    return wrong + (differences(compiled, arguments.check.read_text(encoding="utf-8")) if arguments.check else [])
+
+
 def kernel_modules() -> list[str]:
     """Names of the modules of `fastjepa.kernels` that ship configurations."""
     names = [info.name for info in pkgutil.iter_modules(fastjepa.kernels.__path__)]
@@ -120,7 +152,7 @@ def compile_case(case: CompileCase, sm: int) -> Compiled:
     )
 
 
-def table(rows: Sequence[Compiled]) -> str:
+def listing(rows: Sequence[Compiled]) -> str:
     """The rows for a person to read, under a line that says which compiler made them."""
     kernel, config = (max((len(getattr(r, key)) for r in rows), default=0) for key in ("kernel", "config"))
     head = f"{'kernel':<{kernel}} {'config':<{config}}  sm regs spill shared load store occup. mma"
@@ -133,7 +165,7 @@ def table(rows: Sequence[Compiled]) -> str:
     return "\n".join(line.rstrip() for line in [_compiler(), head, *lines])
 
 
-def faults(rows: Sequence[Compiled]) -> list[str]:
+def shortcomings(rows: Sequence[Compiled]) -> list[str]:
     """What no shipped configuration may have, a line each.
 
     That is spills, more shared memory than there is, 16-bit attention without tensor cores, rows not moved by 16 bytes.
@@ -158,7 +190,7 @@ def differences(rows: Sequence[Compiled], committed: str) -> list[str]:
     if before[0] != _compiler():
         return []
     old = {" ".join(line.split()) for line in before[2:]}
-    new = {" ".join(line.split()) for line in table(rows).splitlines()[2:]}
+    new = {" ".join(line.split()) for line in listing(rows).splitlines()[2:]}
     gone = sorted(line for line in old - new if _chip(line) in chips)
     return [f"- {line}" for line in gone] + [f"+ {line}" for line in sorted(new - old)]
 
@@ -170,11 +202,6 @@ def _chip(line: str) -> int:
 
 def _compiler() -> str:
     return f"triton {triton.__version__}"
-
-
-def as_json(rows: Sequence[Compiled]) -> list[dict]:
-    """The rows as plain values."""
-    return [asdict(row) for row in rows]
 
 
 def _compile(work: tuple[str, int, int]) -> Compiled:

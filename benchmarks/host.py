@@ -7,6 +7,7 @@ itself takes for a launch is in neither; on a GPU the `kernels` suite has it, in
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -18,22 +19,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operations import offsets_of, with_gradients
+from benchmarks.tables import columns
 
 LENGTHS = [3, 2]
 WIDTH, HEADS, TENSORS = 384, 6, 150
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How often."""
+    parser.add_argument("--repeats", type=int, default=300)
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each operation."""
+    return measure(arguments.repeats)
+
+
+table = columns
+
+
+def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
+    """None: there is nothing to be right or wrong."""
+    return []
 
 
 def measure(repeats: int = 300) -> list[dict]:
     """A row for each operation: microseconds a call, ours and PyTorch's in turn, and the kernels that ours launches.
 
     Raises:
-        RuntimeError: Triton was imported without its interpreter, so its launches cannot be left out.
+        ValueError: Triton was imported without its interpreter, so its launches cannot be left out.
     """
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from fastjepa.kernels.launch import is_interpreted
 
     if not is_interpreted():
-        raise RuntimeError("the host suite needs TRITON_INTERPRET=1, set before triton is imported")
+        raise ValueError("the host suite needs TRITON_INTERPRET=1, set before triton is imported")
     rows = []
     for name, ours, torchs in _operations():
         with _no_launches() as count:

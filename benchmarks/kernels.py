@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 from collections.abc import Iterator, Sequence
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_attention, bench_ema, bench_rows
+from benchmarks.machine import here
 from benchmarks.operations import Operation, Sizes
-from benchmarks.timing import copy_bandwidth, machine, matmul_rate, measure
+from benchmarks.timing import copy_bandwidth, matmul_rate, measure
 from fastjepa.chips import chip
 
 FILES = (bench_rows, bench_attention, bench_ema)
@@ -24,14 +26,29 @@ def operations(device: torch.device) -> Iterator[Operation]:
         yield from file.operations(sizes)
 
 
-def run(device: torch.device | None = None, repeats: int = 30) -> list[dict]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How often."""
+    parser.add_argument("--repeats", type=int, default=30)
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each operation and peer."""
+    return measure_all(repeats=arguments.repeats)
+
+
+def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
+    """The answers that are wrong."""
+    return [f"{row['peer']} {row['operation']}: {row['wrong']}" for row in rows if "wrong" in row]
+
+
+def measure_all(device: torch.device | None = None, repeats: int = 30) -> list[dict]:
     """A row for each operation and peer.
 
     A row has `wrong` and no time where an output or gradient is more than twice as far from the fp64 answer as plain
     PyTorch's; `absent` where the peer is not here. `floor_*` is what the declared bytes and FLOPs cost at least on a
     chip by its data sheet, `roof` the share of this machine's own measured copy and matmul rates that was reached.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or here()
     rows = []
     for operation in operations(device):
         rows += rows_of(operation, device, repeats)
@@ -73,7 +90,6 @@ def rows_of(operation: Operation, device: torch.device, repeats: int) -> list[di
     for row in rows:
         if row["peer"].startswith("fastjepa") and "ms" in row and others:
             row["best_peer_over_ours"] = min(others) / row["ms"]
-        row |= {"machine": machine(device)}
     return rows
 
 
@@ -116,6 +132,4 @@ def table(rows: Sequence[dict]) -> str:
         if "best_peer_over_ours" in row:
             line += f"  {row['best_peer_over_ours']:.2f}x"
         lines.append(line)
-    if rows:
-        lines.insert(0, ", ".join(f"{key} {value}" for key, value in rows[0]["machine"].items()))
     return "\n".join(lines)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
+from benchmarks.tables import columns
 from fastjepa import MaskCollator
 
 SETTINGS = {
@@ -14,6 +16,24 @@ SETTINGS = {
     "npred": 4,
     "min_keep": 10,
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How often."""
+    parser.add_argument("--repeats", type=int, default=300)
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each size and form of masks."""
+    return measure(arguments.repeats)
+
+
+table = columns
+
+
+def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
+    """None: there is nothing to be right or wrong."""
+    return []
 
 
 def measure(repeats: int = 300) -> list[dict]:

@@ -8,6 +8,7 @@ PyTorch moves for the same result, each of its kernels reading its inputs and wr
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,6 +102,20 @@ def rows(sizes: Sizes | None = None) -> list[Row]:
         Row("AdamW + EMA + 2 bf16 copies", Cost(40 * PARAMETERS, 19 * PARAMETERS, 1), 52 * PARAMETERS),
         Row("clip + AdamW + EMA + 2 bf16 copies", Cost(44 * PARAMETERS, 21 * PARAMETERS, 2), 64 * PARAMETERS),
     ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each operation."""
+    return measure()
+
+
+def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
+    """None: there is nothing to be right or wrong."""
+    return []
 
 
 def measure() -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -11,10 +12,36 @@ import torch
 import fastjepa
 from benchmarks.masks import SETTINGS
 from benchmarks.naive import Encoder, NaiveStep, Predictor
+from benchmarks.tables import columns
 from fastjepa import IJEPA, MaskCollator
 from fastjepa.training.models import build_optimizer
 
 MOMENTUM = 0.996
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and how often."""
+    parser.add_argument(
+        "--model", default="vit_small", choices=[f"vit_{s}" for s in ("tiny", "small", "base", "large", "huge")]
+    )
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each way to take the step."""
+    a = arguments
+    return measure(a.model, a.patch_size, a.batch_size, a.steps, a.threads)
+
+
+table = columns
+
+
+def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
+    """The rows whose losses are wrong."""
+    return [f"{row['row']}: {row['wrong']}" for row in rows if "wrong" in row]
 
 
 def measure(model: str = "vit_small", patch: int = 16, batch: int = 16, steps: int = 8, threads: int = 2) -> list[dict]:

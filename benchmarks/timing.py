@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -68,38 +65,6 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * side**3 / measure(lambda: a @ b, device, repeats=10, warmup=2).median
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """What ran it: device, versions, commit."""
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    if device.type == "cuda":
-        import triton
-
-        name = torch.cuda.get_device_name(device)
-        versions |= {"triton": triton.__version__, "cuda": torch.version.cuda or ""}
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
-    return {"device": name, **versions, "commit": _commit()}
-
-
 def _summary(times: list[float], host: list[float]) -> Timing:
     deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
     return Timing(statistics.median(times), deciles[8] - deciles[0], statistics.median(host))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _commit() -> str:
-    """The checkout's, with + where it has been changed; unknown without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"

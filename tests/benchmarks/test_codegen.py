@@ -46,18 +46,21 @@ def test_occupancy(chip: int, num_warps: int, registers: int, shared: int, occup
     ],
 )
 def test_faults(change: dict, said: str):
-    assert codegen.faults([GOOD]) == []
-    assert codegen.faults([GOOD, replace(GOOD, **change)]) == [f"attention_fwd d80 bf16 64x32 w4 s2 sm80 {said}"]
+    assert codegen.shortcomings([GOOD]) == []
+    assert codegen.shortcomings([GOOD, replace(GOOD, **change)]) == [f"attention_fwd d80 bf16 64x32 w4 s2 sm80 {said}"]
 
 
 def test_small_kernels_and_fp32_are_let_off():
-    assert codegen.faults([replace(GOOD, config="d80 fp32", mma_instructions={})]) == []
-    assert codegen.faults([replace(GOOD, kernel="row_inverse", load_bits=32, store_bits=32, mma_instructions={})]) == []
+    assert codegen.shortcomings([replace(GOOD, config="d80 fp32", mma_instructions={})]) == []
+    assert (
+        codegen.shortcomings([replace(GOOD, kernel="row_inverse", load_bits=32, store_bits=32, mma_instructions={})])
+        == []
+    )
 
 
 def test_differences():
     other = replace(GOOD, sm=90, mma_instructions={})
-    committed = codegen.table([GOOD, other])
+    committed = codegen.listing([GOOD, other])
     assert codegen.differences([GOOD], committed) == []  # only the chips that were compiled
     changed = codegen.differences([replace(GOOD, registers=170)], committed)
     assert [line[:2] for line in changed] == ["- ", "+ "]
@@ -91,7 +94,7 @@ def test_the_committed_table_is_what_compiles(chip: int):
         "    sample.append(codegen.compile_case(cases[7 * chip % len(cases)], chip))\n"
         f"table = open({str(TABLE)!r}).read()\n"
         "gone = codegen.differences(sample, table)\n"
-        "print(json.dumps([codegen.faults(sample), [line for line in gone if line.startswith('+')]]))\n"
+        "print(json.dumps([codegen.shortcomings(sample), [line for line in gone if line.startswith('+')]]))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", program]
