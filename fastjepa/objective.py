@@ -12,6 +12,7 @@ from fastjepa import ops
 from fastjepa.nn.predictor import VisionTransformerPredictor
 from fastjepa.nn.vision_transformer import VisionTransformer
 from fastjepa.ops import library
+from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ class IJEPA(nn.Module):
         self._ema: MultiTensorEMA | None = None
 
     @torch.no_grad()
-    def target_features(self, images: Tensor) -> Tensor:
-        """What the target encoder sees in whole images: [B, C, H, W] -> [B, N, D], before the layer norm."""
-        features = self.target_encoder(images)
+    def target_features(self, images: Tensor, targets: TargetRows | None = None) -> Tensor:
+        """What the target encoder sees in whole images, before the layer norm: [B, C, H, W] -> [B, N, D].
+
+        With `targets` those rows alone, [U, D]: nothing else is computed of the last block's MLP.
+        """
+        features = self.target_encoder(images) if targets is None else self.target_encoder(images, keep=targets.kept)
         assert isinstance(features, Tensor)
         return features
 
@@ -53,23 +57,40 @@ class IJEPA(nn.Module):
         """The predictor's output for the encoder's contexts; forms as in `VisionTransformerPredictor`."""
         return self.predictor(self.encoder(images, masks_enc), masks_enc, masks_pred)
 
-    def loss(self, images: Tensor, masks_enc: list[Tensor] | Ragged, masks_pred: list[Tensor] | Ragged) -> Tensor:
+    def loss(
+        self,
+        images: Tensor,
+        masks_enc: list[Tensor] | Ragged,
+        masks_pred: list[Tensor] | Ragged,
+        targets: TargetRows | None = None,
+    ) -> Tensor:
         """The objective of a batch, a scalar to call `backward` on.
 
-        Shapes: images [B, C, H, W]; masks as `VisionTransformer` and `VisionTransformerPredictor` take them.
+        Shapes: images [B, C, H, W]; masks as `VisionTransformer` and `VisionTransformerPredictor` take them; targets
+        `TargetRows.build(masks_pred, B, N)`, which is best made while the masks lie on the CPU, and else made here.
 
         Raises:
-            ValueError: images or masks that do not fit.
+            ValueError: images, masks or targets that do not fit.
         """
-        return self.forward(images, masks_enc, masks_pred)[0]
+        if targets is None and isinstance(self.target_encoder, VisionTransformer):
+            rows, columns = self.target_encoder.grid_of(images)
+            targets = TargetRows.build(masks_pred, len(images), rows * columns)
+        return self.forward(images, masks_enc, masks_pred, targets)[0]
 
     def forward(
-        self, images: Tensor, masks_enc: list[Tensor] | Ragged, masks_pred: list[Tensor] | Ragged
+        self,
+        images: Tensor,
+        masks_enc: list[Tensor] | Ragged,
+        masks_pred: list[Tensor] | Ragged,
+        targets: TargetRows | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, target features [B, N, D]); the features are for whoever watches them for collapse."""
-        features = self.target_features(images)
+        """(loss, target features): of whole images [B, N, D], for whoever watches them for collapse.
+
+        With `targets` the features are those rows alone, [U, D]; the loss is the same, for less work.
+        """
+        features = self.target_features(images, targets)
         prediction = self.predict(images, masks_enc, masks_pred)
-        return ops.jepa_loss(prediction, features, masks_pred), features
+        return ops.jepa_loss(prediction, features, masks_pred, targets), features
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

@@ -1,13 +1,17 @@
-"""Which context and which target make up each sequence of the predictor, and where each token comes from."""
+"""Which context and which target make up each sequence of the predictor, and where each token comes from.
+
+Also which rows of the target encoder's output the targets name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastjepa.ragged import Ragged
+from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,48 @@ class PredictorLayout:
         if offsets.device.type == "cpu" and len(offsets) > 1 and not torch.compiler.is_compiling():
             longest = int(offsets.diff().max())
         return cls(source, patches, offsets, longest, picked, frame)
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The rows of the target encoder's output that some target names, so that its last layer can make them alone.
+
+    Shapes:
+        kept: int64 [U], rows of `features.view(B * N, D)`.
+        place: int64 [T], where in `kept` the row of each token of masks_pred lies.
+    """
+
+    kept: Tensor
+    place: Tensor
+
+    @classmethod
+    def build(cls, masks_pred: Sequence[Tensor] | Ragged, num_images: int, num_patches: int) -> TargetRows:
+        """Each row once where the masks lie on the CPU; elsewhere their number would have to be read back.
+
+        There, and in graphs, a row comes as often as targets name it, or every row if those are no fewer.
+
+        >>> rows = TargetRows.build([torch.tensor([[2, 3]]), torch.tensor([[1, 2]])], num_images=1, num_patches=4)
+        >>> rows.kept.tolist(), rows.place.tolist()
+        ([1, 2, 3], [1, 2, 0, 1])
+
+        Raises:
+            ValueError: masks that do not fit the images.
+        """
+        index = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred)
+        rows, everything = image_rows(index, num_images, num_patches), num_images * num_patches
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            return cls(*rows.unique(return_inverse=True))
+        if len(rows) < everything:
+            return cls(rows, torch.arange(len(rows), device=rows.device))
+        return cls(torch.arange(everything, device=rows.device), rows)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TargetRows:
+        """This on `device`."""
+        return TargetRows(*(t.to(device, non_blocking=non_blocking) for t in (self.kept, self.place)))
+
+    def pin_memory(self) -> TargetRows:
+        """This in page-locked memory."""
+        return TargetRows(self.kept.pin_memory(), self.place.pin_memory())
 
 
 def select_sequences(index: Ragged, which: Tensor, total: int) -> Ragged:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastjepa.data.augment import Augment
 from fastjepa.data.folder import ImageFolder, UnreadableImage
 from fastjepa.masks import MaskCollator
+from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 Masks = list[Tensor] | Ragged
@@ -25,13 +26,14 @@ REPLACEMENTS = 20  # other pictures tried in place of an unreadable one
 class Batch:
     """One step's input.
 
-    Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; samples int64 [B], index of each picture;
-    unreadable: what could not be read while making it, a line each (another picture stands in).
+    Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; targets of masks_pred; samples int64 [B],
+    index of each picture; unreadable: what could not be read while making it, a line each (another picture stands in).
     """
 
     images: Tensor
     masks_enc: Masks
     masks_pred: Masks
+    targets: TargetRows
     samples: Tensor
     unreadable: tuple[str, ...] = ()
 
@@ -42,6 +44,7 @@ class Batch:
             images=self.images.pin_memory(),
             masks_enc=_each(self.masks_enc, lambda m: m.pin_memory()),
             masks_pred=_each(self.masks_pred, lambda m: m.pin_memory()),
+            targets=self.targets.pin_memory(),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -51,6 +54,7 @@ class Batch:
             images=self.images.to(device, non_blocking=True),
             masks_enc=_each(self.masks_enc, lambda m: m.to(device, non_blocking=True)),
             masks_pred=_each(self.masks_pred, lambda m: m.to(device, non_blocking=True)),
+            targets=self.targets.to(device, non_blocking=True),
         )
 
     @property
@@ -88,7 +92,8 @@ class TrainingBatches(Dataset):
         unreadable: list[str] = []
         images, samples = zip(*(self._crop(int(i), rng, unreadable) for i in chosen), strict=True)
         masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, step])
-        return Batch(torch.stack(images), masks_enc, masks_pred, torch.tensor(samples), tuple(unreadable))
+        targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
+        return Batch(torch.stack(images), masks_enc, masks_pred, targets, torch.tensor(samples), tuple(unreadable))
 
     def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
         """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""

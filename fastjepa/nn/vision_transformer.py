@@ -23,10 +23,13 @@ class VisionTransformer(nn.Module):
             position embeddings.
         masks: None; or the official form, one or a list of integer [B, K] patch indices; or a `Ragged` of patch indices
             with per_image contexts an image, in which nothing has to be cut.
+        keep: int [U], rows of the tokens that would come out, packed ([B * N, D] without masks); no row twice where
+            gradients are wanted.
 
     Returns:
         Without masks [B, N, D]. With a list [len(masks) * B, K, D], mask-major. With a `Ragged` a `Ragged` [T, D] of
-        the same offsets. Only the patches that a mask keeps are embedded.
+        the same offsets. Only the patches that a mask keeps are embedded. With `keep` those tokens alone, [U, D]: all
+        are attended to, but the last block's projection and MLP and the norm are theirs.
 
     Raises:
         ValueError: images or masks that do not fit.
@@ -75,30 +78,43 @@ class VisionTransformer(nn.Module):
         init_weights(self, init_std)
         rescale_residuals(self.blocks)
 
-    def forward(self, images: Tensor, masks: Tensor | Sequence[Tensor] | Ragged | None = None) -> Tensor | Ragged:
-        """Encode all patches, or those that the masks keep."""
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in images [B, C, H, W].
+
+        Raises:
+            ValueError: images that the encoder does not take.
+        """
         channels = self.patch_embed.proj.in_channels
         if images.dim() != 4 or images.shape[1] != channels:
             raise ValueError(f"images must be [B, {channels}, H, W], got {list(images.shape)}")
-        batch = images.shape[0]
+        return self.patch_embed.grid(*images.shape[-2:])
+
+    def forward(
+        self, images: Tensor, masks: Tensor | Sequence[Tensor] | Ragged | None = None, keep: Tensor | None = None
+    ) -> Tensor | Ragged:
+        """Encode all patches, or those that the masks keep."""
+        positions = interpolate_positions(self.pos_embed, self.patch_embed.grid_size, self.grid_of(images))
         patches = self.patch_embed.patches(images)  # [B, N, C * p * p]
-        count = patches.shape[1]
-        positions = interpolate_positions(
-            self.pos_embed, self.patch_embed.grid_size, self.patch_embed.grid(*images.shape[-2:])
-        )
+        batch, count = patches.shape[:2]
         if masks is None:
             x = (self.patch_embed.embed(patches) + positions).flatten(0, 1)
             offsets = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * count
-            return self._encode(x, offsets, count).view(batch, count, -1)
+            x = self._encode(x, offsets, count, keep)
+            return x.view(batch, count, -1) if keep is None else x
         index = masks if isinstance(masks, Ragged) else masks_to_ragged(masks)
         x = self.patch_embed.embed(ops.gather_tokens(patches, index).values)
         x = x + positions[0].index_select(0, index.values)
-        x = self._encode(x, index.offsets, index.max_length)
+        x = self._encode(x, index.offsets, index.max_length, keep)
+        if keep is not None:
+            return x
         return index.with_values(x) if isinstance(masks, Ragged) else x.view(index.num_sequences, -1, x.shape[-1])
 
-    def _encode(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
-        for block in self.blocks:
-            x = block(x, offsets, max_length)
+    def _encode(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None) -> Tensor:
+        last = len(self.blocks) - 1
+        for depth, block in enumerate(self.blocks):
+            x = block(x, offsets, max_length, keep=keep if depth == last else None)
+        if keep is not None and not self.blocks:
+            x = ops.take_rows(x, keep)
         return self.norm(x)
 
 

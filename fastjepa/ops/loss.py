@@ -8,47 +8,66 @@ from torch import Tensor
 from fastjepa.kernels.reference import jepa_loss_ref
 from fastjepa.ops import library
 from fastjepa.ops.checks import check_range
-from fastjepa.pairing import Pairing, select_sequences
+from fastjepa.pairing import Pairing, TargetRows, select_sequences
 from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
 
 def jepa_loss(
-    prediction: Tensor | Ragged, target_features: Tensor, masks_pred: list[Tensor] | Ragged, *, check: bool = False
+    prediction: Tensor | Ragged,
+    target_features: Tensor,
+    masks_pred: list[Tensor] | Ragged,
+    targets: TargetRows | None = None,
+    *,
+    check: bool = False,
 ) -> Tensor:
     """Smooth-L1 (beta 1) between predictions and the layer-normalised target features of the masked patches.
 
     Shapes:
         prediction: with `Ragged` masks a `Ragged` [T', D], sequences in order image, target, context; with lists the
             tensor [npred * nenc * B, K', D] in order target, context, image.
-        target_features: [B, N, D], output of the target encoder; takes no gradient.
+        target_features: [B, N, D], output of the target encoder; takes no gradient. With `targets`, those rows of it
+            alone: [U, D].
         masks_pred: `Ragged` of patch indices with npred sequences an image, or npred tensors [B, K'].
 
     Returns:
         The mean over every element, a scalar.
 
     Raises:
-        ValueError: a prediction that does not fit the masks, or as `gather_tokens` an index.
+        ValueError: a prediction that does not fit the masks, targets of other masks or features, or as `gather_tokens`
+            an index.
 
     Source: section 3 of Assran et al. 2023 (arXiv 2301.08243); the layer norm (eps 1e-5, no affine) and smooth-L1 are
     those of the published training code.
     """
-    if target_features.dim() != 3:
-        raise ValueError(f"target_features must be [B, N, D], got {list(target_features.shape)}")
-    batch, patches, width = target_features.shape
+    if target_features.dim() != (3 if targets is None else 2):
+        wanted = "[B, N, D]" if targets is None else "[U, D], the rows of `targets`,"
+        raise ValueError(f"target_features must be {wanted} got {list(target_features.shape)}")
+    width = target_features.shape[-1]
     masks = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred)
     values = prediction.values if isinstance(prediction, Ragged) else prediction
     flat = values.reshape(-1, values.shape[-1])
     tokens = masks.values.shape[0]
     if flat.shape[1] != width or (tokens and flat.shape[0] % tokens) or (not tokens and flat.shape[0]):
         raise ValueError(f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}")
-    check_range("masks_pred", masks.values, 0, patches - 1, check)
-    rows = image_rows(masks, batch, patches)
+    if targets is None:
+        batch, patches = target_features.shape[:2]
+        check_range("masks_pred", masks.values, 0, patches - 1, check)
+        rows = image_rows(masks, batch, patches)
+    else:
+        rows = targets.place
+        if len(rows) != tokens or len(targets.kept) != len(target_features):
+            raise ValueError(
+                f"targets keep {len(targets.kept)} rows for {len(rows)} tokens, but there are {len(target_features)} "
+                f"rows of target_features and {tokens} target tokens"
+            )
+        check_range("targets.place", rows, 0, len(target_features) - 1, check)
     contexts = flat.shape[0] // tokens if tokens else 1
     if contexts > 1:  # every target is predicted once from each context
         if isinstance(masks_pred, Ragged):
             target_of = torch.arange(masks.num_sequences * contexts, device=rows.device) // contexts
         else:
-            target_of = Pairing.mask_major(contexts, masks.num_sequences // batch, batch, rows.device).target_of
+            npred = 1 if isinstance(masks_pred, Tensor) else len(masks_pred)
+            target_of = Pairing.mask_major(contexts, npred, masks.num_sequences // npred, rows.device).target_of
         rows = rows.index_select(0, select_sequences(masks, target_of, flat.shape[0]).values)
     features = target_features.detach().reshape(-1, width)
     if library.takes_kernels(flat):
