@@ -1,114 +1,358 @@
-"""The `step` suite: whole training steps, the naive eager one and ours in turn, in one run."""
+"""The `step` suite: whole training steps of real models in one run, eager as published, compiled, and ours."""
 
 from __future__ import annotations
 
 import argparse
-import copy
+import gc
 import statistics
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastjepa
+from benchmarks.laps import PARTS, Laps, peak_bytes, spread, take_step
+from benchmarks.machine import clocks, here, joules
 from benchmarks.masks import SETTINGS
-from benchmarks.naive import Encoder, NaiveStep, Predictor
 from benchmarks.tables import columns
-from fastjepa import IJEPA, MaskCollator
-from fastjepa.training.models import build_optimizer
+from benchmarks.timing import matmul_rate
+from benchmarks.ways import Compiled, Eager, Fast, FastRagged, Masks, Way, naive_models, official
+from fastjepa import IJEPA, MaskCollator, Ragged
+from fastjepa.chips import chip_of
+from fastjepa.training.models import ENCODERS, step_flops
 
 MOMENTUM = 0.996
+FEW = 4  # images at a time in fp64
+UNIT = {False: 1e-5, True: 4e-3}  # rounding in fp32 and in bf16, allowed where eager had luck
+WARMUP = 3  # steps: torch.compile takes two lengths of contexts to know that they vary
+ROWS = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged", "official")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is taken on.
+
+    Attributes:
+        name: of a `fastjepa` encoder. patch, pixels: of its square images. batch: images.
+        predictor: its width and depth; heads are the encoder's, as in the published code.
+        sizes: keywords of the encoder that replace the name's.
+        bf16: autocast, else fp32. official: a checkout of the published code.
+    """
+
+    name: str = "vit_small"
+    patch: int = 16
+    pixels: int = 224
+    batch: int = 16
+    predictor: tuple[int, int] = (384, 6)
+    sizes: dict[str, int] = field(default_factory=dict)
+    bf16: bool = False
+    device: torch.device = field(default_factory=here)
+    official: Path | None = None
+
+    def model(self) -> IJEPA:
+        """Encoder and predictor, the same weights at every call.
+
+        Raises:
+            ValueError: sizes that do not go together.
+        """
+        torch.manual_seed(0)
+        width, depth = self.predictor
+        with self.device:
+            encoder = getattr(fastjepa, self.name)(patch_size=self.patch, img_size=[self.pixels], **self.sizes)
+            predictor = fastjepa.vit_predictor(
+                num_patches=encoder.patch_embed.num_patches,
+                embed_dim=encoder.embed_dim,
+                predictor_embed_dim=width,
+                depth=depth,
+                num_heads=encoder.num_heads,
+            )
+        return IJEPA(encoder, predictor)
+
+    def masks(self, count: int, seed: int, ragged: bool) -> tuple[Any, Any]:
+        """(masks_enc, masks_pred) of `count` images with the published settings, on the CPU."""
+        collator = MaskCollator((self.pixels, self.pixels), self.patch, **SETTINGS, ragged=ragged)
+        return collator.sample(count, [0, seed])
+
+    def images(self, count: int) -> Tensor:
+        """Normal pixels, on the device."""
+        return torch.randn(count, 3, self.pixels, self.pixels, device=self.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and how often."""
-    parser.add_argument(
-        "--model", default="vit_small", choices=[f"vit_{s}" for s in ("tiny", "small", "base", "large", "huge")]
-    )
+    """The model, its batch, and which rows."""
+    parser.add_argument("--model", default="vit_small", choices=ENCODERS, metavar="NAME", help=", ".join(ENCODERS))
     parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--crop-size", type=int, default=224, help="pixels")
+    parser.add_argument("--batch-size", type=int, help="images; default: 128 on a GPU, 16 elsewhere")
+    parser.add_argument("--pred-emb-dim", type=int, default=384)
+    parser.add_argument("--pred-depth", type=int, help="default: 12 from vit_large on, 6 below, as published")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 (autocast) on a GPU, fp32 elsewhere")
+    parser.add_argument("--row", action="append", choices=ROWS, help="default: all but official; eager is always there")
+    parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the published code, as one row")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
-    """A row for each way to take the step."""
-    a = arguments
-    return measure(a.model, a.patch_size, a.batch_size, a.steps, a.threads)
+    """A row for each way to take the step.
+
+    Raises:
+        ValueError: sizes that do not go together, or a count below one.
+    """
+    for name in ("patch_size", "crop_size", "batch_size", "steps", "threads", "pred_depth", "pred_emb_dim"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = here()
+    deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
+    work = Work(
+        arguments.model,
+        arguments.patch_size,
+        arguments.crop_size,
+        arguments.batch_size or (128 if device.type == "cuda" else 16),
+        (arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)),
+        bf16=arguments.dtype == "bf16" or (arguments.dtype is None and device.type == "cuda"),
+        device=device,
+        official=arguments.official,
+    )
+    wanted = arguments.row or [row for row in ROWS if row != "official"]
+    if arguments.official:
+        wanted = [*wanted, "official"]
+    return measure(work, arguments.steps, ["eager", *(row for row in ROWS[1:] if row in wanted)])
 
 
-table = columns
+def table(rows: list[dict]) -> str:
+    """For a person to read; times in milliseconds, memory in GiB."""
+    shown = []
+    for row in rows:
+        line = {key: row[key] for key in ("row", "model", "batch", "dtype")}
+        if "ms" not in row:
+            line["ms"] = row.get("absent") or f"WRONG: {row['wrong']}"
+        else:
+            line |= {"ms": f"{row['ms']:.1f} +- {row['spread_ms']:.1f}", "images/s": row["images_per_second"]}
+            line["context tokens/s"] = row["context_tokens_per_second"]
+            line["MFU"] = row["mfu"]
+            line["of matmul rate"] = row["of_matmul_rate"]
+            line["peak GiB"] = row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**30
+            line["J/1000 images"] = row["joules_per_1000_images"]
+            line |= {f"{part} ms": row["parts_ms"][part] for part in PARTS}
+            line["eager/this"] = row["eager_over_this"]
+        shown.append({key: value for key, value in line.items() if value is not None})
+    return columns(shown)
 
 
 def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
-    """The rows whose losses are wrong."""
+    """The rows whose numbers are wrong."""
     return [f"{row['row']}: {row['wrong']}" for row in rows if "wrong" in row]
 
 
-def measure(model: str = "vit_small", patch: int = 16, batch: int = 16, steps: int = 8, threads: int = 2) -> list[dict]:
-    """Seconds a step of the same model on the same images and masks; a row whose loss is wrong has no time.
+def measure(work: Work, steps: int, names: list[str]) -> list[dict]:
+    """The rows of these names, eager the first: it is the yardstick of the others' errors.
 
-    Rows: eager (see `benchmarks.naive`), fastjepa truncated, fastjepa ragged (more context tokens, nothing cut).
+    On the CPU, where the machine's speed drifts, the ways take their steps in turn; on a GPU one way after another, so
+    that each has the memory for itself.
     """
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    side = 224 // patch
-    encoder = getattr(fastjepa, model)(patch_size=patch)
-    heads = encoder.num_heads
-    predictor = fastjepa.vit_predictor(
-        num_patches=side * side, embed_dim=encoder.embed_dim, predictor_embed_dim=384, depth=6, num_heads=heads
-    )
-    ours = IJEPA(encoder, predictor)
-    naive_encoder = Encoder(side, patch, encoder.embed_dim, len(encoder.blocks), heads)
-    naive_predictor = Predictor(side, encoder.embed_dim, 384, 6, heads)
-    naive_encoder.load_state_dict(encoder.state_dict())
-    naive_predictor.load_state_dict(predictor.state_dict())
-    naive = NaiveStep(naive_encoder, naive_predictor)
-    truncated, uncut = FastStep(ours), FastStep(copy.deepcopy(ours))
-    cut, whole = (MaskCollator((224, 224), patch, **SETTINGS, ragged=ragged) for ragged in (False, True))
-    seconds, wrong, ratios = {"eager": [], "fastjepa truncated": [], "fastjepa ragged": []}, False, []
-    for number in range(steps + 1):
-        images = torch.randn(batch, 3, 224, 224)
-        lists, ragged = cut.sample(batch, [0, number]), whole.sample(batch, [0, number])
-        work = ((naive, lists), (truncated, lists), (uncut, ragged))
-        timed = [_timed(step, images, masks) for step, masks in work]
-        wrong |= abs(timed[1][1] / timed[0][1] - 1) > 5e-4
-        if number:  # the first warms up
-            for name, (value, _) in zip(seconds, timed, strict=True):
-                seconds[name].append(value)
-            ratios.append(timed[0][0] / timed[1][0])
-    rows = []
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        row = {"row": name, "model": f"{model}/{patch}", "batch": batch, "threads": threads, "steps": steps}
-        if wrong and name != "eager":
-            row["wrong"] = "its losses are not the eager row's, so no time is given"
-        else:
-            row |= {"seconds": median, "spread": max(values) - min(values), "images_per_second": batch / median}
-        if name == "fastjepa truncated" and not wrong:
-            row["eager_over_ours"] = statistics.median(ratios)
-        rows.append(row)
+    exact, rows, allowed = exact_gradients(work), [], {}
+    together = work.device.type != "cuda"
+    for group in [names] if together else [[name] for name in names]:
+        timed = []
+        for name in group:
+            row = _common(work, name, steps)
+            rows.append(row)
+            way = _checked(work, row, exact, allowed)
+            if way is not None:
+                timed.append((row, way))
+        _time(work, steps, timed)
+        del timed, way
+        gc.collect()
+        if not together:
+            torch.cuda.empty_cache()
+    laps = {row["row"]: row.pop("laps") for row in rows if "laps" in row}
+    for row in rows:
+        if row["row"] in laps and "eager" in laps:
+            pairs = zip(laps["eager"], laps[row["row"]], strict=True)
+            row["eager_over_this"] = statistics.median(theirs / ours for theirs, ours in pairs)
     return rows
 
 
-class FastStep:
-    """One training step with fastjepa's models and optimizer."""
+def build(work: Work, name: str) -> Way:
+    """The way of a row.
 
-    def __init__(self, model: IJEPA):
-        self.model, self.optimizer = model, build_optimizer(model)
+    Raises:
+        ValueError: no checkout for the row official.
+    """
+    model = work.model()
+    if name == "eager":
+        return Eager(naive_models(model), work.bf16)
+    if name == "compiled":
+        return Compiled(naive_models(model, plain=False), work.bf16)
+    if name == "official":
+        if work.official is None:
+            raise ValueError("the row official needs --official FOLDER, a checkout of the published code")
+        return official(work.official, work.name, model, work.bf16)
+    return (FastRagged if name == "fastjepa ragged" else Fast)(model, work.bf16)
 
-    def step(self, images: torch.Tensor, masks_enc, masks_pred, momentum: float) -> float:
-        """Forward, backward, AdamW, EMA."""
-        loss = self.model.loss(images, masks_enc, masks_pred)
-        loss.backward()
-        self.optimizer.momentum = momentum
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+
+def exact_gradients(work: Work) -> tuple[float, list[Tensor]]:
+    """(loss, gradients on the CPU) of the eager models in fp64 on the batch that every way is checked on.
+
+    A few images at a time; masks cut to the shortest are all of one length, so that the batch's loss is their mean.
+    """
+    way = Eager(naive_models(work.model().double()))
+    images, masks = _check_batch(work)
+    total, count = 0.0, 0
+    for start in range(0, work.batch, FEW):
+        some = slice(start, start + FEW)
+        part = images[some].double()
+        masks_enc, masks_pred = _on(([m[some] for m in masks[0]], [m[some] for m in masks[1]]), work.device)
+        loss = way.loss(part, masks_enc, masks_pred) * (len(part) / work.batch)
+        way.backward(loss)
+        total, count = total + loss.item(), count + len(part)
+    assert count == work.batch
+    return total, way.gradients()
 
 
-def _timed(step: FastStep | NaiveStep, images: torch.Tensor, masks: tuple) -> tuple[float, float]:
-    """(seconds, loss) of a step."""
-    start = time.perf_counter()
-    masks_enc, masks_pred = masks
-    loss = step.step(images, masks_enc, masks_pred, MOMENTUM)
-    return time.perf_counter() - start, loss
+def errors(work: Work, way: Way, exact: tuple[float, list[Tensor]]) -> dict[str, float]:
+    """How far a way's loss and gradients are from the exact ones, relative; its gradients are gone afterwards.
+
+    A ragged row takes the same cut masks in its own form, so that it is held to the same numbers.
+    """
+    images, masks = _check_batch(work)
+    masks_enc, masks_pred = _on((_form(masks[0], way.ragged), _form(masks[1], way.ragged)), work.device)
+    loss = way.loss(images, masks_enc, masks_pred)
+    way.backward(loss)
+    found, (want, wanted) = way.gradients(), exact
+    for model in way.models:
+        model.zero_grad()
+    if len(found) != len(wanted):
+        return {"loss": abs(loss.item() / want - 1), "gradients": float("inf")}
+    distance = sum((a.double() - b).square().sum().item() for a, b in zip(found, wanted, strict=True))
+    norm = sum(b.square().sum().item() for b in wanted)
+    return {"loss": abs(loss.item() / want - 1), "gradients": (distance / norm) ** 0.5}
+
+
+def _checked(work: Work, row: dict, exact: tuple[float, list[Tensor]], allowed: dict[str, float]) -> Way | None:
+    """The way of a row if it can run and its numbers are right; else the row says why there will be no time.
+
+    The first row, eager, sets what is allowed: twice its own distance from fp64.
+    """
+    try:
+        way = build(work, row["row"])
+        found = errors(work, way, exact)
+    except (ImportError, RuntimeError) as error:  # no compiler, not enough memory: the other rows stand
+        row["absent"] = f"fails: {type(error).__name__}: {error}".splitlines()[0][:120]
+        return None
+    row |= {f"{key}_error": value for key, value in found.items()}
+    if not allowed:
+        allowed |= {key: max(2 * value, UNIT[work.bf16]) for key, value in found.items()}
+    over = [f"its {key} is {value:.1e} from fp64, {allowed[key]:.1e} allowed"
+            for key, value in found.items() if not value <= allowed[key]]  # fmt: skip
+    if over:
+        row["wrong"] = "; ".join(over)
+    return None if over else way
+
+
+def _check_batch(work: Work) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+    torch.manual_seed(1)
+    return work.images(work.batch), work.masks(work.batch, 0, ragged=False)
+
+
+def _form(masks: list[Tensor], ragged: bool) -> list[Tensor] | Ragged:
+    """Lists as they are, or as `Ragged`: image by image, its masks one after another."""
+    if not ragged:
+        return masks
+    stacked = torch.stack(masks, dim=1)  # [B, n, K]
+    return Ragged.from_list(list(stacked.flatten(0, 1)), len(masks))
+
+
+def _on(masks: tuple[Masks, Masks], device: torch.device) -> tuple[Masks, Masks]:
+    first, second = (m.to(device) if isinstance(m, Ragged) else [x.to(device) for x in m] for m in masks)
+    return first, second
+
+
+def _common(work: Work, name: str, steps: int) -> dict[str, Any]:
+    """What a row says before anything was timed."""
+    masks_enc, masks_pred = work.masks(work.batch, 0, name == "fastjepa ragged")
+    del masks_enc
+    return {
+        "row": name,
+        "model": f"{work.name}/{work.patch}",
+        "pixels": work.pixels,
+        "batch": work.batch,
+        "dtype": "bf16" if work.bf16 else "fp32",
+        "predictor_width": work.predictor[0],
+        "predictor_depth": work.predictor[1],
+        "npred": masks_pred.per_image if isinstance(masks_pred, Ragged) else len(masks_pred),
+        "steps": steps,
+    }
+
+
+def _batches(work: Work, steps: int, ragged: bool) -> Iterator[tuple[Masks, Masks]]:
+    """Masks of the warm-up's steps and the timed ones, on the CPU."""
+    for number in range(steps + WARMUP):
+        yield work.masks(work.batch, 1 + number, ragged)
+
+
+def _time(work: Work, steps: int, timed: list[tuple[dict, Way]]) -> None:
+    """Time these ways in turn and put what came of it into their rows."""
+    ways = [way for _, way in timed]
+    batches = {ragged: list(_batches(work, steps, ragged)) for ragged in {way.ragged for way in ways}}
+    laps: list[list[Laps]] = [[] for _ in ways]
+    energy: list[float | None] = [None] * len(ways)
+    speeds: list[list[int]] = [[] for _ in ways]
+    for number in range(steps + WARMUP):
+        images = work.images(work.batch)
+        for place, way in enumerate(ways):
+            masks = _on(batches[way.ragged][number], work.device)
+            if number == WARMUP:
+                energy[place] = joules(work.device)
+            _, lap = take_step(way, images, *masks, MOMENTUM)
+            if number >= WARMUP:
+                laps[place].append(lap)
+                if now := clocks(work.device):
+                    speeds[place].append(now["sm"])
+    if work.device.type == "cuda":
+        torch.cuda.synchronize(work.device)
+    used = joules(work.device)
+    for place, (row, way) in enumerate(timed):
+        before = energy[place]
+        row["sm_clock_mhz"] = statistics.median(speeds[place]) if speeds[place] else None
+        row["joules_per_1000_images"] = (
+            None if used is None or before is None else 1000 * (used - before) / (steps * work.batch)
+        )
+        masks_enc, masks_pred = _on(batches[way.ragged][0], work.device)
+        row["peak_memory_bytes"] = peak_bytes(way, work.images(work.batch), masks_enc, masks_pred, MOMENTUM)
+        _fill(work, row, [lap.seconds() for lap in laps[place]], batches[way.ragged][WARMUP:])
+
+
+def _fill(work: Work, row: dict, laps: list[dict[str, float]], batches: list[tuple[Masks, Masks]]) -> None:
+    """Times, rates and shares of a row from its steps."""
+    whole = [sum(seconds.values()) for seconds in laps]
+    median = statistics.median(whole)
+    flops = step_flops(replace(work, device=torch.device("meta")).model())
+    counted = statistics.mean(flops(work.batch, *masks) for masks in batches)
+    contexts = statistics.mean(_tokens(masks_enc) for masks_enc, _ in batches)
+    targets = statistics.mean(_tokens(masks_pred) for _, masks_pred in batches)
+    chip = chip_of(work.device)
+    row |= {
+        "laps": whole,
+        "ms": 1e3 * median,
+        "spread_ms": 1e3 * spread(whole),
+        "images_per_second": work.batch / median,
+        "context_tokens": contexts / work.batch,
+        "target_tokens": targets / work.batch / row["npred"],
+        "context_tokens_per_second": contexts / median,
+        "flops_per_image": counted / work.batch,
+        "mfu": counted / median / chip.flops if chip else None,
+        "of_matmul_rate": counted / median / matmul_rate(work.device),
+        "parts_ms": {part: 1e3 * statistics.median(seconds[part] for seconds in laps) for part in PARTS},
+    }
+
+
+def _tokens(masks: Masks) -> int:
+    return len(masks.values) if isinstance(masks, Ragged) else sum(m.numel() for m in masks)

@@ -1,0 +1,274 @@
+"""Ways to take one and the same I-JEPA training step: as published, strongest plain PyTorch, ours.
+
+All share weights, optimizer settings, images and masks, and a way's `encoder`, `predictor` and `target_encoder` are
+modules that are called once a step, so that whoever times a step can put marks at their borders.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.naive import Encoder, Predictor, take
+from fastjepa import IJEPA, Ragged
+from fastjepa.training.models import build_optimizer, parameter_groups
+
+Masks = list[Tensor] | Ragged
+
+
+class Way:
+    """One way. `models` are the modules that hold the trained parameters, under the official names.
+
+    Attributes:
+        name: of its row. ragged: whether it takes `Ragged` masks, with nothing cut.
+    """
+
+    name: str
+    ragged = False
+
+    def __init__(self, models: tuple[nn.Module, nn.Module], target_encoder: nn.Module, bf16: bool):
+        self.models, self.bf16 = models, bf16
+        self.encoder, self.predictor = models
+        self.target_encoder = target_encoder
+        self.device = next(models[0].parameters()).device
+
+    def loss(self, images: Tensor, masks_enc: Masks, masks_pred: Masks) -> Tensor:
+        """The objective of a batch, in bf16 autocast where asked for."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.objective(images, masks_enc, masks_pred)
+
+    def objective(self, images: Tensor, masks_enc: Any, masks_pred: Any) -> Tensor:
+        """As `loss`, in whatever precision is in force."""
+        raise NotImplementedError
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss."""
+        loss.backward()
+
+    def update(self, momentum: float) -> None:
+        """AdamW and the EMA; gradients are gone afterwards."""
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor]:
+        """Those that are held now, in the official order, on the CPU; of a scaled loss too."""
+        held = [p.grad for model in self.models for p in model.parameters() if p.grad is not None]
+        return [g.detach().cpu() for g in held]
+
+    def tensors(self) -> list[Tensor]:
+        """All that stays between two steps: parameters, targets, optimizer state and copies."""
+        optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
+        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return [*(p for m in (*self.models, self.target_encoder) for p in m.parameters()), *states]
+
+
+class Eager(Way):
+    """As the published code takes it.
+
+    Attention weights written out, autocast, GradScaler, AdamW as torch builds it by default, a gradient norm read back
+    for each weight, one multiply-add per parameter for the EMA, the loss read back.
+    """
+
+    name = "eager"
+
+    def __init__(self, models: tuple[nn.Module, nn.Module], bf16: bool = False):
+        super().__init__(models, copy.deepcopy(models[0]).requires_grad_(False), bf16)
+        self.optimizer = torch.optim.AdamW(parameter_groups(*models))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=bf16 and self.device.type == "cuda")
+        self.last: Tensor | None = None
+
+    def objective(self, images: Tensor, masks_enc: list[Tensor], masks_pred: list[Tensor]) -> Tensor:
+        """Targets normalised whole, then gathered; smooth L1 on the predictor's output."""
+        with torch.no_grad():
+            features = self.target_encoder(images)
+            features = self._take(F.layer_norm(features, features.shape[-1:]), masks_pred)
+            if len(masks_enc) > 1:
+                features = features.view(len(masks_pred), 1, len(images), *features.shape[1:])
+                features = features.repeat(1, len(masks_enc), 1, 1, 1).flatten(0, 2)
+        prediction = self.predictor(self.encoder(images, masks_enc), masks_enc, masks_pred)
+        return F.smooth_l1_loss(prediction, features)
+
+    def _take(self, features: Tensor, masks: list[Tensor]) -> Tensor:
+        return take(features, masks)
+
+    def backward(self, loss: Tensor) -> None:
+        """Of the scaled loss."""
+        self.last = loss
+        self.scaler.scale(loss).backward()
+
+    def gradients(self) -> list[Tensor]:
+        """As `Way.gradients`, the scale taken out."""
+        return [g / self.scaler.get_scale() for g in super().gradients()]
+
+    def update(self, momentum: float) -> None:
+        """AdamW, gradient norms for the log, EMA."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for name, parameter in self.models[0].named_parameters():
+            if parameter.grad is not None and not (name.endswith(".bias") or parameter.dim() == 1):
+                torch.norm(parameter.grad).item()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for ours, target in zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True):
+                target.mul_(momentum).add_((1.0 - momentum) * ours)
+        if self.last is not None:
+            self.last.item()
+
+
+class Compiled(Eager):
+    """The strongest plain PyTorch: torch.compile, SDPA, fused AdamW, foreach EMA, no scaler, nothing read back."""
+
+    name = "compiled"
+
+    def __init__(self, models: tuple[nn.Module, nn.Module], bf16: bool = False):
+        super().__init__(models, bf16)
+        torch._dynamo.reset()
+        self.encoder, self.predictor = (_Border(torch.compile(model)) for model in models)
+        self._targets: list[Tensor] = list(self.target_encoder.parameters())
+        self.target_encoder = _Border(torch.compile(self.target_encoder))
+        self.optimizer = torch.optim.AdamW(parameter_groups(*models), fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+
+    def _take(self, features: Tensor, masks: list[Tensor]) -> Tensor:
+        return take(features, masks, plain=False)
+
+    def update(self, momentum: float) -> None:
+        """Fused AdamW, then one foreach pass for the EMA."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            ours: list[Tensor] = list(self.models[0].parameters())
+            torch._foreach_lerp_(self._targets, ours, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _Border(nn.Module):
+    """A compiled module within a plain one, whose hooks stay outside of what is compiled."""
+
+    def __init__(self, inner: Callable[..., Any]):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call it."""
+        return self.inner(*inputs)
+
+
+class Fast(Way):
+    """fastjepa's models and optimizer, as `fastjepa train` runs them."""
+
+    name = "fastjepa truncated"
+
+    def __init__(self, model: IJEPA, bf16: bool = False):
+        super().__init__((model.encoder, model.predictor), model.target_encoder, bf16)
+        self.model, self.optimizer = model, build_optimizer(model)
+
+    def objective(self, images: Tensor, masks_enc: Masks, masks_pred: Masks) -> Tensor:
+        """`IJEPA.loss`."""
+        return self.model.loss(images, masks_enc, masks_pred)
+
+    def update(self, momentum: float) -> None:
+        """AdamW and EMA in one pass."""
+        self.optimizer.momentum = momentum
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class FastRagged(Fast):
+    """The same, with nothing cut."""
+
+    name = "fastjepa ragged"
+    ragged = True
+
+
+class Official(Eager):
+    """The published models and helpers themselves, from a checkout that the user names."""
+
+    name = "official"
+
+    def __init__(self, models: tuple[nn.Module, nn.Module], helpers: dict[str, Callable[..., Any]], bf16: bool = False):
+        super().__init__(models, bf16)
+        self.helpers = helpers
+
+    def objective(self, images: Tensor, masks_enc: list[Tensor], masks_pred: list[Tensor]) -> Tensor:
+        """With its own gathers."""
+        with torch.no_grad():
+            features = self.target_encoder(images)
+            features = F.layer_norm(features, (features.size(-1),))
+            features = self.helpers["apply_masks"](features, masks_pred)
+            features = self.helpers["repeat_interleave_batch"](features, len(images), repeat=len(masks_enc))
+        prediction = self.predictor(self.encoder(images, masks_enc), masks_enc, masks_pred)
+        return F.smooth_l1_loss(prediction, features)
+
+
+def naive_models(model: IJEPA, plain: bool = True) -> tuple[Encoder, Predictor]:
+    """The usual models with the weights of ours, on its device and in its precision.
+
+    Raises:
+        ValueError: images that are not square.
+    """
+    encoder, predictor = model.encoder, model.predictor
+    rows, columns = encoder.patch_embed.grid_size
+    if rows != columns:
+        raise ValueError(f"the baselines take square images, got {rows}x{columns} patches")
+    heads, width = encoder.num_heads, predictor.predictor_embed.out_features
+    blocks = len(encoder.blocks), len(predictor.predictor_blocks)
+    device = encoder.pos_embed.device
+    with device:
+        ours = Encoder(rows, encoder.patch_embed.patch_size, encoder.embed_dim, blocks[0], heads, plain)
+        theirs = Predictor(rows, encoder.embed_dim, width, blocks[1], heads, plain)
+    ours.load_state_dict(encoder.state_dict())
+    theirs.load_state_dict(predictor.state_dict())
+    return ours.to(encoder.pos_embed), theirs.to(encoder.pos_embed)
+
+
+def official(checkout: Path, name: str, model: IJEPA, bf16: bool = False) -> Official:
+    """The way of the published code in `checkout`, with the weights of `model`, a `fastjepa.<name>`.
+
+    Raises:
+        ValueError: a folder that is not such a checkout.
+    """
+    encoder, predictor = model.encoder, model.predictor
+    with _modules(checkout, ("src.models.vision_transformer", "src.masks.utils", "src.utils.tensors")) as found:
+        vit, masks, tensors = found
+        theirs = getattr(vit, name)(
+            img_size=list(encoder.patch_embed.img_size[:1]), patch_size=encoder.patch_embed.patch_size
+        )
+        theirs_too = vit.vit_predictor(
+            num_patches=encoder.patch_embed.num_patches,
+            embed_dim=encoder.embed_dim,
+            predictor_embed_dim=predictor.predictor_embed.out_features,
+            depth=len(predictor.predictor_blocks),
+            num_heads=encoder.num_heads,
+        )
+    theirs.load_state_dict(encoder.state_dict())
+    theirs_too.load_state_dict(predictor.state_dict())
+    device = encoder.pos_embed.device
+    helpers = {
+        "apply_masks": masks.apply_masks,
+        "repeat_interleave_batch": tensors.repeat_interleave_batch,
+    }
+    return Official((theirs.to(device), theirs_too.to(device)), helpers, bf16)
+
+
+@contextmanager
+def _modules(checkout: Path, names: Sequence[str]):
+    """Modules of a checkout's `src`, which is taken out of the interpreter's tables again."""
+    if not (checkout / "src" / "models" / "vision_transformer.py").is_file():
+        raise ValueError(f"--official: {checkout} is no checkout of the published code (no src/models there)")
+    sys.path.insert(0, str(checkout))
+    try:
+        found: list[ModuleType] = [import_module(name) for name in names]
+        yield found
+    finally:
+        sys.path.remove(str(checkout))
+        for name in [n for n in sys.modules if n == "src" or n.startswith("src.")]:
+            del sys.modules[name]
