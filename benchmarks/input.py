@@ -1,0 +1,565 @@
+"""The `input` suite: JPEG files to training batches, ours and others', right first and then timed in turn.
+
+Every engine reads the same files, cuts an area of 0.3 to 1 out of each picture, makes it 224 pixels a side, and hands
+batches with their masks to the process that trains. `MaskCollator` draws the masks for all of them, so that pictures
+alone make the difference. Workers are processes of one thread, held on as many cores as there are workers; what the
+process that receives the batches takes is not counted. The files are in the system's cache, so no disk is in the rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from benchmarks.masks import SETTINGS
+from benchmarks.tables import columns
+from fastjepa import MaskCollator
+from fastjepa.data import Augment, Batch, ImageFolder, TrainingBatches, random_resized_crop
+from fastjepa.evaluation.features import MEAN, STD
+
+WIDTH, HEIGHT = 500, 375  # of a picture
+CROP, SCALE, PATCH = 224, (0.3, 1.0), 14
+BATCH = 16
+SEED = 0
+REPEATS = 5
+SAMPLES = 8  # crops of an engine that are compared with Pillow's
+ENDLESS = 1 << 40  # steps or pictures: more than any window takes
+TIMEOUT = 60  # seconds without a batch, after which an engine has failed
+NEEDED = (755, 2300)  # images a second: one H200, and a node of eight A100, at the rates aimed at
+
+
+class Sample(NamedTuple):
+    """A crop [3, 224, 224] in grey levels 0..255, and the file and (left, top, width, height) that it is of."""
+
+    path: str
+    box: tuple[int, int, int, int]
+    crop: Tensor
+
+
+class Engine(Dataset):
+    """A way from files to batches; batch number `step` is made by one worker, or on the GPU by the training process.
+
+    Attributes:
+        name: in the rows.
+        allowed: mean distance from Pillow's crops in grey levels, of 255; None where there are no crops.
+        in_process: the training process makes the batches, on the GPU, without workers.
+    """
+
+    name: str
+    allowed: float | None = 1.0  # for those that antialias with Pillow's own filter
+    in_process = False
+
+    def __init__(self, root: Path, batch: int):
+        self.folder, self.batch = ImageFolder(root), batch
+        self.paths = [str(path) for path in self.folder.paths]
+        self.masks = MaskCollator((CROP, CROP), PATCH, **SETTINGS)
+
+    @classmethod
+    def absent(cls) -> str | None:
+        """Why it cannot run here, in one line; None where it can."""
+        return None
+
+    def batches(self, workers: int) -> Iterator[Any]:
+        """Batches without end."""
+        if self.in_process:
+            return (self[step] for step in itertools.count())
+        return iter(DataLoader(self, None, sampler=range(ENDLESS), num_workers=workers, timeout=TIMEOUT))
+
+    def samples(self) -> list[Sample]:
+        """SAMPLES crops, made by the code that makes the batches."""
+        raise NotImplementedError
+
+    def box(self, draw: int) -> tuple[int, int, int, int]:
+        """The box of crop number `draw`: the same in every engine but DALI, which draws its own."""
+        return random_resized_crop(WIDTH, HEIGHT, SCALE, _stream(draw))
+
+
+class FastJEPA(Engine):
+    """The pipeline of `fastjepa train`."""
+
+    name = "fastjepa"
+
+    def __init__(self, root: Path, batch: int):
+        super().__init__(root, batch)
+        self.ours = TrainingBatches(self.folder, Augment(CROP, SCALE), self.masks, batch, SEED)
+
+    def batches(self, workers: int) -> Iterator[Any]:
+        return self.ours.loader(0, ENDLESS, workers, pin=False)
+
+    def samples(self) -> list[Sample]:
+        found = []
+        for draw in range(SAMPLES):
+            index = draw % len(self.paths)
+            crop = self.ours.augment(self.folder.load(index), _stream(draw))
+            found.append(Sample(self.paths[index], self.box(draw), crop.float()))
+        return found
+
+
+class PerPicture(Engine):
+    """One whose workers crop picture after picture and collate them with `MaskCollator`."""
+
+    def __getitem__(self, draw: int) -> Tensor:
+        return self.crop(self.paths[draw % len(self.paths)], draw)
+
+    def batches(self, workers: int) -> Iterator[Any]:
+        draws, masks = range(ENDLESS), self.masks
+        return iter(DataLoader(self, self.batch, False, draws, num_workers=workers, collate_fn=masks, timeout=TIMEOUT))
+
+    def samples(self) -> list[Sample]:
+        draws = range(SAMPLES)
+        return [Sample(self.paths[i % len(self.paths)], self.box(i), self.levels(self[i])) for i in draws]
+
+    def crop(self, path: str, draw: int) -> Tensor:
+        """Crop number `draw`, of `path`: [3, 224, 224]."""
+        raise NotImplementedError
+
+    def levels(self, crop: Tensor) -> Tensor:
+        """A crop in grey levels 0..255."""
+        return crop.float()
+
+
+class Published(PerPicture):
+    """As published training code has it: the whole picture decoded, cropped, and normalised, all in the workers."""
+
+    name = "pillow, as published"
+
+    def crop(self, path: str, draw: int) -> Tensor:
+        with open(path, "rb") as file:
+            picture = Image.open(file).convert("RGB")
+        left, top, width, height = random_resized_crop(picture.width, picture.height, SCALE, _stream(draw))
+        picture = picture.crop((left, top, left + width, top + height))
+        picture = picture.resize((CROP, CROP), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+        return pixels.sub_(_column(MEAN)).div_(_column(STD))
+
+    def levels(self, crop: Tensor) -> Tensor:
+        return 255 * (crop * _column(STD) + _column(MEAN))
+
+
+class DecodeOnly(PerPicture):
+    """Pillow decodes, and nothing else is done: a roof for whatever decodes whole pictures with it."""
+
+    name = "pillow, decode only"
+    allowed = None
+
+    def crop(self, path: str, draw: int) -> Tensor:
+        with open(path, "rb") as file:
+            Image.open(file).convert("RGB")
+        return torch.empty(0)
+
+
+class SimpleJPEG(PerPicture):
+    """libjpeg-turbo, then OpenCV's area resize, which antialiases with a box where Pillow does with a triangle."""
+
+    name = "simplejpeg + OpenCV"
+    allowed = 3.0
+
+    @classmethod
+    def absent(cls) -> str | None:
+        return _missing("simplejpeg", "cv2")
+
+    def crop(self, path: str, draw: int) -> Tensor:
+        import cv2
+        import simplejpeg
+
+        cv2.setNumThreads(1)
+        with open(path, "rb") as file:
+            pixels = simplejpeg.decode_jpeg(file.read())
+        left, top, width, height = random_resized_crop(pixels.shape[1], pixels.shape[0], SCALE, _stream(draw))
+        pixels = pixels[top : top + height, left : left + width]
+        pixels = cv2.resize(pixels, (CROP, CROP), interpolation=cv2.INTER_AREA)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+class Torchvision(PerPicture):
+    """torchvision's own decoder, then its crop and antialiased resize of uint8 tensors."""
+
+    name = "torchvision"
+
+    @classmethod
+    def absent(cls) -> str | None:
+        return _missing("torchvision")
+
+    def crop(self, path: str, draw: int) -> Tensor:
+        return _torchvision_crops([path], [draw], "cpu")[0]
+
+
+class NvJPEG(Engine):
+    """torchvision with nvJPEG: a batch is decoded, cropped and resized on the GPU."""
+
+    name = "torchvision nvJPEG"
+    in_process = True
+    device = "cuda"
+
+    @classmethod
+    def absent(cls) -> str | None:
+        return _missing("torchvision") or _no_gpu()
+
+    def __getitem__(self, step: int) -> tuple:
+        batch = torch.stack(self._crops(range(step * self.batch, (step + 1) * self.batch)))
+        return _done(batch), *self.masks.sample(self.batch, [SEED, step])
+
+    def samples(self) -> list[Sample]:
+        crops = self._crops(range(SAMPLES))
+        return [Sample(self.paths[i % len(self.paths)], self.box(i), c.float().cpu()) for i, c in enumerate(crops)]
+
+    def _crops(self, draws: range) -> list[Tensor]:
+        return _torchvision_crops([self.paths[i % len(self.paths)] for i in draws], draws, self.device)
+
+
+class DALI(Engine):
+    """NVIDIA DALI with one thread in each worker; only the pixels of the crop are decoded."""
+
+    name = "DALI"
+    device = "cpu"
+    pipeline: Any = None  # made by the process that uses it
+
+    @classmethod
+    def absent(cls) -> str | None:
+        return _missing("nvidia.dali")
+
+    def __getitem__(self, step: int) -> tuple:
+        batch = torch.from_dlpack(self._run()[0].as_tensor()).clone()  # DALI will write there again
+        return _done(batch), *self.masks.sample(self.batch, [SEED, step])
+
+    def samples(self) -> list[Sample]:
+        found = []
+        while len(found) < SAMPLES:
+            crops, *rest = (out.as_cpu().as_array() for out in self._run())
+            for crop, label, (top, left), (height, width) in zip(crops, *rest, strict=True):
+                box = int(left), int(top), int(width), int(height)
+                found.append(Sample(self.paths[int(label[0])], box, torch.from_numpy(crop.copy()).float()))
+        return found[:SAMPLES]
+
+    def _run(self) -> tuple:
+        """A batch: crops uint8 [B, 3, 224, 224], indices of files, (top, left) and (height, width) of boxes."""
+        if self.pipeline is None:
+            self.pipeline = self._pipeline()
+            self.pipeline.build()
+        return self.pipeline.run()
+
+    def _pipeline(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        worker = get_worker_info()
+        gpu = self.device == "gpu"
+        made = Pipeline(self.batch, 1, 0 if gpu else None, seed=SEED + (worker.id if worker else 0))
+        with made:
+            files, labels = fn.readers.file(files=self.paths, labels=list(range(len(self.paths))), random_shuffle=True)
+            start, size = fn.random_crop_generator(
+                fn.peek_image_shape(files), random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3)
+            )
+            crops = fn.decoders.image_slice(
+                files, start=start, shape=size, axis_names="HW", output_type=types.RGB, device="mixed" if gpu else "cpu"
+            )
+            crops = fn.resize(
+                crops, size=(CROP, CROP), interp_type=types.INTERP_LINEAR, antialias=True, dtype=types.UINT8
+            )
+            made.set_outputs(fn.transpose(crops, perm=[2, 0, 1]), labels, start, size)
+        return made
+
+
+class DALIOnGPU(DALI):
+    """DALI that decodes, crops and resizes on the GPU."""
+
+    name = "DALI, GPU decode"
+    in_process = True
+    device = "gpu"
+
+    @classmethod
+    def absent(cls) -> str | None:
+        return _missing("nvidia.dali") or _no_gpu()
+
+
+ENGINES = (FastJEPA, Published, DecodeOnly, Torchvision, SimpleJPEG, DALI, NvJPEG, DALIOnGPU)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is read, by how many, and how long."""
+    parser.add_argument("--pictures", type=int, default=64, help="how many JPEG files are made")
+    parser.add_argument("--workers", type=int, action="append", help="processes that decode; again for more (1 and 2)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each engine and number of workers")
+    names = "; ".join(engine.name for engine in ENGINES)
+    parser.add_argument("--engine", action="append", metavar="NAME", help=f"only this one; again for more: {names}")
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each engine and number of workers."""
+    named = {engine.name: engine for engine in ENGINES}
+    chosen = arguments.engine or list(named)
+    for name in chosen:
+        if name not in named:
+            raise ValueError(f"--engine: no engine {name!r}; there are {'; '.join(named)}")
+    engines = [named[name] for name in dict.fromkeys(chosen)]
+    return measure(arguments.pictures, arguments.workers or (1, 2), arguments.seconds, engines)
+
+
+def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
+    """The engines whose crops are wrong."""
+    return list(dict.fromkeys(f"{row['engine']}: {row['wrong']}" for row in rows if "wrong" in row))
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows for a person to read; an engine that is absent or wrong has one line."""
+    first = rows[0]
+    head = (
+        f"{first['pictures']} JPEG files of {WIDTH}x{HEIGHT} and {first['picture_bytes'] / 1e3:.0f} kB, cached by the "
+        f"system; batches of {first['batch']}; median of {REPEATS} windows, spread from the slowest to the fastest"
+    )
+    lines = [_line(row) for row in rows if "images_per_second" in row]
+    others = dict.fromkeys(
+        f"{row['engine']}: {row['absent'] if 'absent' in row else 'WRONG: ' + row['wrong']}"
+        for row in rows
+        if "images_per_second" not in row
+    )
+    return "\n".join([head, *([columns(lines)] if lines else []), *others])
+
+
+def _line(row: dict) -> dict[str, Any]:
+    shown = {
+        "engine": row["engine"],
+        "workers": row["workers"],
+        "images/s": f"{row['images_per_second']:.0f}",
+        "spread": f"{row['spread']:.0f}",
+        "a core": f"{row['images_per_second_per_core']:.0f}",
+        "x published": f"{row['over_published']:.2f}" if "over_published" in row else None,
+        "error/255": f"{row['error']:.2f}" if "error" in row else None,
+    }
+    return shown | {f"cores for {rate}/s": row[f"cores_for_{rate}"] for rate in NEEDED}
+
+
+def measure(
+    pictures: int = 64, workers: Sequence[int] = (1, 2), seconds: float = 3.0, engines: Sequence[type[Engine]] = ENGINES
+) -> list[dict]:
+    """A row for each engine and number of workers: images a second that reach the training process.
+
+    A row has `wrong` and no rate where crops are further from Pillow's than `error_allowed` grey levels in the mean;
+    `absent` where the engine is not here. Decoding on the GPU has one row: its only worker is the training process.
+    `picture_bytes` is the mean of a file, `spread` the fastest window less the slowest, `cores_for_755` how many cores
+    give 755 images a second at the rate of one, `over_published` the rate over the published way's with as many
+    workers.
+
+    Raises:
+        ValueError: no pictures, workers or seconds.
+    """
+    for name, value in (("pictures", pictures), *(("workers", count) for count in workers), ("seconds", seconds)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be more than 0, got {value}")
+    with TemporaryDirectory(prefix="fastjepa-input-") as folder:
+        size = make_pictures(Path(folder), pictures)
+        batch = min(BATCH, pictures)
+        common = {"batch": batch, "pictures": pictures, "picture_bytes": size}
+        rows: list[dict] = []
+        timed: list[tuple[dict, Engine, list[float]]] = []
+        for kind in engines:
+            row, engine = _checked(kind, Path(folder), batch)
+            for count in (1,) if kind.in_process else dict.fromkeys(workers):
+                rows.append({"engine": kind.name, "workers": count, **common, **row})
+                if engine:
+                    timed.append((rows[-1], engine, []))
+        for _ in range(REPEATS):  # engines in turn, so that a slow moment of the machine meets all of them
+            for row, engine, rates in timed:
+                rates.append(_window(engine, row["workers"], seconds / REPEATS))
+    for row, _, rates in timed:
+        rate = statistics.median(rates)
+        each = rate / min(row["workers"], len(_cores()))
+        row |= {"images_per_second": rate, "spread": max(rates) - min(rates), "images_per_second_per_core": each}
+        row |= {f"cores_for_{needed}": math.ceil(needed / each) for needed in NEEDED}
+    published = {row["workers"]: row["images_per_second"] for row, engine, _ in timed if isinstance(engine, Published)}
+    for row, _, _ in timed:
+        if row["workers"] in published:
+            row["over_published"] = row["images_per_second"] / published[row["workers"]]
+    return rows
+
+
+def make_pictures(root: Path, count: int, seed: int = SEED) -> float:
+    """Write `count` JPEG files, each following from (seed, number) alone; the mean of their sizes in bytes.
+
+    Noise whose amplitude falls with the frequency, as in photographs, mostly the same in all colours, with polygons for
+    edges and a little grain: as many bytes as a photograph of ImageNet has.
+    """
+    low, high = np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)
+    frequency = np.hypot(low, high)
+    frequency[0, 0] = np.inf  # no mean
+    colours = np.array([[1, 0.3, 0.1], [1, 0, -0.1], [1, -0.3, 0.1]])
+    sizes = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        waves = rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))
+        noise = np.fft.irfft2(waves / frequency, s=(HEIGHT, WIDTH))
+        noise /= noise.std(axis=(1, 2), keepdims=True)
+        picture = _picture(45 * np.einsum("ck,khw->hwc", colours, noise) + rng.uniform(80, 170, 3))
+        draw = ImageDraw.Draw(picture)
+        for _ in range(12):
+            centre, radius = rng.uniform((0, 0), (WIDTH, HEIGHT)), rng.uniform(10, 70)
+            angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 8)))
+            corners = centre + radius * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+            draw.polygon([tuple(corner) for corner in corners], fill=tuple(rng.integers(0, 256, 3).tolist()))
+        path = root / f"{number:06}.jpg"
+        _picture(np.asarray(picture) + rng.normal(scale=6, size=(HEIGHT, WIDTH, 1))).save(path, quality=90)
+        sizes.append(path.stat().st_size)
+    return statistics.fmean(sizes)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _checked(kind: type[Engine], root: Path, batch: int) -> tuple[dict, Engine | None]:
+    """What is known of an engine before it is timed, and the engine itself if its crops and batches are right."""
+    if why := kind.absent():
+        return {"absent": why}, None
+    engine = kind(root, batch)
+    if kind.allowed is None:
+        return {}, engine
+    try:
+        error = distance(_made(engine))
+        first = next(engine.batches(1))
+    except Exception as failure:  # whatever a peer does, the others have their rows
+        traceback.clear_frames(failure.__traceback__)  # which hold the workers, in a circle with the failure
+        return {"wrong" if kind is FastJEPA else "absent": f"fails: {_one_line(failure)}"}, None
+    row = {"error": error, "error_allowed": kind.allowed}
+    shape = tuple((first.images if isinstance(first, Batch) else first[0]).shape)
+    if not error <= kind.allowed:
+        return row | {"wrong": f"{error:.1f} grey levels from Pillow's crops, {kind.allowed:g} allowed"}, None
+    if shape != (batch, 3, CROP, CROP):
+        return row | {"wrong": f"batches have shape {shape}, not {(batch, 3, CROP, CROP)}"}, None
+    return row, engine
+
+
+def distance(samples: Sequence[Sample]) -> float:
+    """Mean of |crop - Pillow's crop, resized bilinearly| in grey levels."""
+    errors = []
+    for path, (left, top, width, height), crop in samples:
+        with Image.open(path) as picture:
+            right = picture.convert("RGB").crop((left, top, left + width, top + height))
+        right = np.array(right.resize((CROP, CROP), Image.Resampling.BILINEAR), dtype=np.float32)
+        errors.append(float((crop - torch.from_numpy(right).permute(2, 0, 1)).abs().mean()))
+    return statistics.fmean(errors)
+
+
+class _Samples(Dataset):
+    """The samples of an engine, as the item of a worker."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def __getitem__(self, _: int) -> list[Sample]:
+        return self.engine.samples()
+
+
+def _made(engine: Engine) -> list[Sample]:
+    """The samples of `engine`, made where its batches are: libraries with threads of their own stay out of this one."""
+    if engine.in_process:
+        return engine.samples()
+    return next(iter(DataLoader(_Samples(engine), None, sampler=range(1), num_workers=1, timeout=TIMEOUT)))
+
+
+def _window(engine: Engine, workers: int, seconds: float) -> float:
+    """Images a second in whole rounds of a batch from each worker, after a first round in which the workers start."""
+    end = time.perf_counter() + seconds
+    with _on_cores(workers):  # what is started here stays there
+        batches = engine.batches(workers)
+        if engine.in_process:
+            return _rate(batches, engine.batch, workers, end)
+    return _rate(batches, engine.batch, workers, end)
+
+
+def _rate(batches: Iterator[Any], batch: int, workers: int, end: float) -> float:
+    _take(batches, workers)
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() < end:
+        _take(batches, workers)
+        count += workers * batch
+    return count / (time.perf_counter() - start)
+
+
+def _take(batches: Iterator[Any], count: int) -> None:
+    for _ in range(count):
+        next(batches)
+
+
+@contextmanager
+def _on_cores(count: int) -> Iterator[None]:
+    """Processes and threads that are started within it run on `count` cores, where the system can hold them there."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[-count:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _cores() -> Sequence[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _stream(draw: int) -> np.random.Generator:
+    return np.random.default_rng([SEED, draw])
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def _torchvision_crops(paths: Sequence[str], draws: Sequence[int], device: str) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.transforms.v2.functional import resized_crop
+
+    crops = []
+    pictures = decode_jpeg([read_file(path) for path in paths], ImageReadMode.RGB, device=device)
+    for picture, draw in zip(pictures, draws, strict=True):
+        height, width = picture.shape[-2:]
+        left, top, width, height = random_resized_crop(width, height, SCALE, _stream(draw))
+        crops.append(resized_crop(picture, top, left, height, width, [CROP, CROP], antialias=True))
+    return crops
+
+
+def _done(images: Tensor) -> Tensor:
+    """`images`, once they are there."""
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return images
+
+
+def _missing(*modules: str) -> str | None:
+    """Which of `modules` is not to be had, and why."""
+    for name in modules:
+        try:
+            import_module(name)
+        except ModuleNotFoundError:
+            return f"{name} is not installed"
+        except (ImportError, OSError, RuntimeError) as error:  # a library built for another torch or without its own
+            return f"{name} cannot be imported: {_one_line(error)}"
+    return None
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "decodes on the GPU, and there is none"
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong; of a failure in a worker, the last line of the traceback that the message holds."""
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    return lines[-1 if "in DataLoader worker process" in lines[0] else 0][:100]
