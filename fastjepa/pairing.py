@@ -6,12 +6,13 @@ Also which rows of the target encoder's output the targets name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
+from fastjepa.ragged import Ragged, image_rows, masks_to_ragged, pad_offsets
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ class PredictorLayout:
         if offsets.device.type == "cpu" and len(offsets) > 1 and not torch.compiler.is_compiling():
             longest = int(offsets.diff().max())
         return cls(source, patches, offsets, longest, picked, frame)
+
+    def padded(self, multiple: int) -> PredictorLayout:
+        """With a sequence of mask tokens behind the others, so that `multiple` divides the total."""
+        if multiple == 1:
+            return self
+        extra, offsets, longest = pad_offsets(self.offsets, self.max_length, len(self.source), multiple)
+        source, patches = F.pad(self.source, (0, extra), value=-1), F.pad(self.patches, (0, extra))
+        return replace(self, source=source, patches=patches, offsets=offsets, max_length=longest)
 
 
 @dataclass(frozen=True)

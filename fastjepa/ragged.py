@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -176,6 +177,21 @@ def sequence_ids(index: Ragged) -> Tensor:
     """int64 [T]: the sequence that each token belongs to."""
     ids = torch.arange(index.num_sequences, device=index.device)
     return ids.repeat_interleave(index.lengths, output_size=index.values.shape[0])
+
+
+def pad_offsets(offsets: Tensor, max_length: int, total: int, multiple: int) -> tuple[int, Tensor, int]:
+    """One sequence more, of as many tokens as `total` lacks to a multiple: (their number, offsets, max_length).
+
+    A sequence of its own is neither seen by others nor left unwritten by attention; if nothing reads its output, it has
+    no gradient. It is there, empty, where nothing lacks, so that shapes follow from the padded total; with 1 it is not.
+
+    >>> pad_offsets(torch.tensor([0, 2, 5], dtype=torch.int32), 3, 5, 8)
+    (3, tensor([0, 2, 5, 8], dtype=torch.int32), 3)
+    """
+    if multiple == 1:
+        return 0, offsets, max_length
+    extra = -total % multiple
+    return extra, F.pad(offsets, (0, 1), value=total + extra), max(max_length, extra)
 
 
 def image_rows(index: Ragged, num_images: int, num_patches: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Modules: the models of I-JEPA and the pieces they are made of."""
 
 from fastjepa.nn.block import MLP, Block
+from fastjepa.nn.padding import set_token_multiple
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.predictor import VisionTransformerPredictor, vit_predictor
 from fastjepa.nn.ragged_attention import RaggedAttention, set_attention_backend
@@ -22,6 +23,7 @@ __all__ = [
     "VisionTransformer",
     "VisionTransformerPredictor",
     "set_attention_backend",
+    "set_token_multiple",
     "vit_base",
     "vit_giant",
     "vit_huge",

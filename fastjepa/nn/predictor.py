@@ -62,6 +62,7 @@ class VisionTransformerPredictor(nn.Module):
         if grid[0] * grid[1] != num_patches:
             raise ValueError(f"num_patches={num_patches} is not the {grid[0]}x{grid[1]} grid; give grid_size")
         width = predictor_embed_dim
+        self.token_multiple = 1  # see `set_token_multiple`
         self.predictor_embed = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
@@ -102,7 +103,7 @@ class VisionTransformerPredictor(nn.Module):
             check_patches(masks, self.predictor_pos_embed.shape[1])
         if len(context) != len(masks_enc.values):
             raise ValueError(f"context has {len(context)} tokens, but masks_enc names {len(masks_enc.values)} patches")
-        layout = PredictorLayout.build(masks_enc, masks_pred, pairing)
+        layout = PredictorLayout.build(masks_enc, masks_pred, pairing).padded(self.token_multiple)
         positions = self.predictor_pos_embed[0]
         context = self.predictor_embed(context)
         # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions.
