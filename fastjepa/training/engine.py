@@ -63,14 +63,18 @@ class Trainer:
         return (images.float() / 255 - self._mean) / self._std
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One step on a batch that is on the device; (loss, target features), nothing read back."""
+        """One step on a batch that is on the device; (loss, target features), nothing read back.
+
+        The features are of whole images on the steps whose features are watched, else of the targets' tokens.
+        """
+        targets = None if self.step % self.config.logging.watch_every == 0 else batch.targets
         lr, weight_decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             if not group.get("WD_exclude"):
                 group["weight_decay"] = weight_decay
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
-            loss, features = self.model(self.normalise(batch.images), batch.masks_enc, batch.masks_pred)
+            loss, features = self.model(self.normalise(batch.images), batch.masks_enc, batch.masks_pred, targets)
         loss.backward()
         self.optimizer.momentum = self.schedules.momentum(self.step)
         self.optimizer.step()

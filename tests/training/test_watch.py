@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastjepa.training import engine
 from fastjepa.training.watch import CollapseWatch
+from tests.helpers import make_pictures, tiny_config
 
 
 def test_look_at_healthy_and_collapsed_features():
@@ -35,3 +37,14 @@ def test_warnings_come_once_and_in_words():
 
 def test_bf16_and_one_picture():
     assert torch.isfinite(CollapseWatch.look(torch.randn(1, 4, 8, dtype=torch.bfloat16))).all()
+
+
+def test_whole_images_are_encoded_on_watched_steps_alone(tmp_path):
+    pictures = make_pictures(tmp_path / "pictures")
+    config = tiny_config(pictures, tmp_path / "run", mask={"ragged": True}, logging={"watch_every": 2})
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    batch = batches[0]
+    shapes = [list(trainer.train_step(batch)[1].shape) for _ in range(4)]
+    assert shapes == [[4, 64, 48], [len(batch.targets.kept), 48]] * 2
+    assert len(batch.targets.kept) < 4 * 64
