@@ -110,6 +110,7 @@ class RuntimeConfig:
     keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
     attention: str = "auto"  # backend, as fastjepa.ops.ragged_attention takes it
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
+    profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
     progress: bool = True
 
 

@@ -102,6 +102,8 @@ def test_overrides(official):
     assert (config.data.batch_size, config.optimization.lr) == (64, 1e-3)
     assert config.mask.aspect_ratio == (1.0, 2.0)
     assert config.meta.read_checkpoint == "x.pth.tar"
+    assert config.runtime.profile is False
+    assert load_config(official, ["runtime.profile=true"]).runtime.profile is True
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,8 @@ def test_overrides(official):
         ("data.batch_size=true", r"data\.batch_size must be a whole number"),
         ("data.batch_size=0", r"data\.batch_size must be at least 1"),
         ("data.pin_mem=3", r"data\.pin_mem must be true or false"),
+        ("runtime.profile=3", r"runtime\.profile must be true or false, got 3"),
+        ("runtime.profiler=true", r"unknown key runtime\.profiler; did you mean profile"),
         ("optimization.lr=fast", r"optimization\.lr must be a number, got 'fast'"),
         ("optimization.lr=.nan", r"optimization\.lr must be a number"),
         ("data.crop_scale=[0.3]", r"data\.crop_scale must be two numbers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
 from fastjepa.training.log import RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
+from fastjepa.training.profile import profiled
 from fastjepa.training.resume import Checkpoints, restore, run_state
 from fastjepa.training.watch import CollapseWatch
 
@@ -160,21 +162,22 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
     log.say(opening(config, trainer, batches, source, end))
     saved = trainer.step if source is not None else -1
     every, save_every = config.logging.every, config.runtime.save_every
-    pin = config.data.pin_mem and trainer.device.type == "cuda"
+    workers, pin = config.data.num_workers, config.data.pin_mem and trainer.device.type == "cuda"
     try:
-        for batch in batches.loader(trainer.step, end, config.data.num_workers, pin):
-            for line in unreadable.add(batch):
-                log.say(f"skipped a picture that cannot be read ({len(unreadable.files)} so far): {line}")
-            loss, features = trainer.train_step(batch.to(trainer.device))
-            meter.add(batch, loss, features)
-            epoch_ends = trainer.step % batches.steps_per_epoch == 0
-            saves = epoch_ends or trainer.step % save_every == 0 or trainer.step == end
-            if saves or trainer.step % every == 0:
-                rows += report(log, meter, checkpoints, config.data.batch_size)
-            if saves:
-                saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=trainer.step == end)
-            if on_step is not None:
-                on_step(trainer)
+        with closing(profiled(batches.loader(trainer.step, end, workers, pin), trainer, end, log.say)) as stream:
+            for batch in stream:
+                for line in unreadable.add(batch):
+                    log.say(f"skipped a picture that cannot be read ({len(unreadable.files)} so far): {line}")
+                loss, features = trainer.train_step(batch.to(trainer.device))
+                meter.add(batch, loss, features)
+                epoch_ends = trainer.step % batches.steps_per_epoch == 0
+                saves = epoch_ends or trainer.step % save_every == 0 or trainer.step == end
+                if saves or trainer.step % every == 0:
+                    rows += report(log, meter, checkpoints, config.data.batch_size)
+                if saves:
+                    saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=trainer.step == end)
+                if on_step is not None:
+                    on_step(trainer)
     except KeyboardInterrupt:
         log.say(f"stopped at step {trainer.step}; saving")
         if trainer.step != saved:
