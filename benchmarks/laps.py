@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ways import Masks, Way
+from benchmarks.ways import Way
 from fastjepa import Ragged
 
 PARTS: tuple[str, ...] = ("target", "context", "predictor", "loss", "optimizer")
@@ -52,7 +52,7 @@ def spread(times: Sequence[float]) -> float:
     return deciles[8] - deciles[0]
 
 
-def take_step(way: Way, images: Tensor, masks_enc: Masks, masks_pred: Masks, momentum: float) -> tuple[Tensor, Laps]:
+def take_step(way: Way, images: Tensor, inputs: tuple[Any, ...], momentum: float) -> tuple[Tensor, Laps]:
     """(loss, the laps of its parts) of a step, nothing waited for but what the way itself waits for.
 
     A part of the forward pass ends where its module has given its output, one of the backward pass where the gradient
@@ -61,7 +61,7 @@ def take_step(way: Way, images: Tensor, masks_enc: Masks, masks_pred: Masks, mom
     laps = Laps(way.device)
     with _borders(way, laps):
         laps.mark("")
-        loss = way.loss(images, masks_enc, masks_pred)
+        loss = way.loss(images, *inputs)
         laps.mark("loss")
         way.backward(loss)
         laps.mark("context")
@@ -96,7 +96,7 @@ def _borders(way: Way, laps: Laps) -> Iterator[None]:
             handle.remove()
 
 
-def peak_bytes(way: Way, images: Tensor, masks_enc: Masks, masks_pred: Masks, momentum: float) -> int | None:
+def peak_bytes(way: Way, images: Tensor, inputs: tuple[Any, ...], momentum: float) -> int | None:
     """What a step holds in memory at most, its parameters and optimizer state included.
 
     On a GPU what torch's allocator has handed out; on the CPU what the profiler saw of it in this step, on top of what
@@ -104,12 +104,12 @@ def peak_bytes(way: Way, images: Tensor, masks_enc: Masks, masks_pred: Masks, mo
     """
     if way.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(way.device)
-        take_step(way, images, masks_enc, masks_pred, momentum)
+        take_step(way, images, inputs, momentum)
         torch.cuda.synchronize(way.device)
         return torch.cuda.max_memory_allocated(way.device)
     stays = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in way.tensors()}
     with _quiet(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        take_step(way, images, masks_enc, masks_pred, momentum)
+        take_step(way, images, inputs, momentum)
     found: Any = profile.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     changes = [(e.start_ns(), e.nbytes()) for e in found.events() if e.name() == "[memory]"]
     held = most = 0

@@ -209,8 +209,8 @@ def exact_gradients(work: Work) -> tuple[float, list[Tensor]]:
     for start in range(0, work.batch, FEW):
         some = slice(start, start + FEW)
         part = images[some].double()
-        masks_enc, masks_pred = _on(([m[some] for m in masks[0]], [m[some] for m in masks[1]]), work.device)
-        loss = way.loss(part, masks_enc, masks_pred) * (len(part) / work.batch)
+        inputs = way.inputs([m[some] for m in masks[0]], [m[some] for m in masks[1]], len(part))
+        loss = way.loss(part, *inputs) * (len(part) / work.batch)
         way.backward(loss)
         total, count = total + loss.item(), count + len(part)
     assert count == work.batch
@@ -223,8 +223,8 @@ def errors(work: Work, way: Way, exact: tuple[float, list[Tensor]]) -> dict[str,
     A ragged row takes the same cut masks in its own form, so that it is held to the same numbers.
     """
     images, masks = _check_batch(work)
-    masks_enc, masks_pred = _on((_form(masks[0], way.ragged), _form(masks[1], way.ragged)), work.device)
-    loss = way.loss(images, masks_enc, masks_pred)
+    inputs = way.inputs(_form(masks[0], way.ragged), _form(masks[1], way.ragged), work.batch)
+    loss = way.loss(images, *inputs)
     way.backward(loss)
     found, (want, wanted) = way.gradients(), exact
     for model in way.models:
@@ -270,11 +270,6 @@ def _form(masks: list[Tensor], ragged: bool) -> list[Tensor] | Ragged:
     return Ragged.from_list(list(stacked.flatten(0, 1)), len(masks))
 
 
-def _on(masks: tuple[Masks, Masks], device: torch.device) -> tuple[Masks, Masks]:
-    first, second = (m.to(device) if isinstance(m, Ragged) else [x.to(device) for x in m] for m in masks)
-    return first, second
-
-
 def _common(work: Work, name: str, steps: int) -> dict[str, Any]:
     """What a row says before anything was timed."""
     masks_enc, masks_pred = work.masks(work.batch, 0, name == "fastjepa ragged")
@@ -308,10 +303,10 @@ def _time(work: Work, steps: int, timed: list[tuple[dict, Way]]) -> None:
     for number in range(steps + WARMUP):
         images = work.images(work.batch)
         for place, way in enumerate(ways):
-            masks = _on(batches[way.ragged][number], work.device)
+            inputs = way.inputs(*batches[way.ragged][number], work.batch)
             if number == WARMUP:
                 energy[place] = joules(work.device)
-            _, lap = take_step(way, images, *masks, MOMENTUM)
+            _, lap = take_step(way, images, inputs, MOMENTUM)
             if number >= WARMUP:
                 laps[place].append(lap)
                 if now := clocks(work.device):
@@ -325,8 +320,8 @@ def _time(work: Work, steps: int, timed: list[tuple[dict, Way]]) -> None:
         row["joules_per_1000_images"] = (
             None if used is None or before is None else 1000 * (used - before) / (steps * work.batch)
         )
-        masks_enc, masks_pred = _on(batches[way.ragged][0], work.device)
-        row["peak_memory_bytes"] = peak_bytes(way, work.images(work.batch), masks_enc, masks_pred, MOMENTUM)
+        inputs = way.inputs(*batches[way.ragged][0], work.batch)
+        row["peak_memory_bytes"] = peak_bytes(way, work.images(work.batch), inputs, MOMENTUM)
         _fill(work, row, [lap.seconds() for lap in laps[place]], batches[way.ragged][WARMUP:])
 
 

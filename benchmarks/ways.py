@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.naive import Encoder, Predictor, take
 from fastjepa import IJEPA, Ragged
+from fastjepa.pairing import TargetRows
 from fastjepa.training.models import build_optimizer, parameter_groups
 
 Masks = list[Tensor] | Ragged
@@ -42,12 +43,16 @@ class Way:
         self.target_encoder = target_encoder
         self.device = next(models[0].parameters()).device
 
-    def loss(self, images: Tensor, masks_enc: Masks, masks_pred: Masks) -> Tensor:
+    def inputs(self, masks_enc: Masks, masks_pred: Masks, images: int) -> tuple[Any, ...]:
+        """What goes with `images` images into the step: masks on the device, as the data loader would bring them."""
+        return tuple(_on(masks, self.device) for masks in (masks_enc, masks_pred))
+
+    def loss(self, images: Tensor, *inputs: Any) -> Tensor:
         """The objective of a batch, in bf16 autocast where asked for."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.objective(images, masks_enc, masks_pred)
+            return self.objective(images, *inputs)
 
-    def objective(self, images: Tensor, masks_enc: Any, masks_pred: Any) -> Tensor:
+    def objective(self, images: Tensor, *inputs: Any) -> Tensor:
         """As `loss`, in whatever precision is in force."""
         raise NotImplementedError
 
@@ -69,6 +74,10 @@ class Way:
         optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return [*(p for m in (*self.models, self.target_encoder) for p in m.parameters()), *states]
+
+
+def _on(masks: Masks, device: torch.device) -> Masks:
+    return masks.to(device) if isinstance(masks, Ragged) else [m.to(device) for m in masks]
 
 
 class Eager(Way):
@@ -171,9 +180,15 @@ class Fast(Way):
         super().__init__((model.encoder, model.predictor), model.target_encoder, bf16)
         self.model, self.optimizer = model, build_optimizer(model)
 
-    def objective(self, images: Tensor, masks_enc: Masks, masks_pred: Masks) -> Tensor:
+    def inputs(self, masks_enc: Masks, masks_pred: Masks, images: int) -> tuple[Any, ...]:
+        """The masks, and which rows of the target encoder's output they name, worked out on the CPU."""
+        patches = self.model.encoder.patch_embed.num_patches
+        targets = TargetRows.build(masks_pred, images, patches).to(self.device)
+        return (*super().inputs(masks_enc, masks_pred, images), targets)
+
+    def objective(self, images: Tensor, *inputs: Any) -> Tensor:
         """`IJEPA.loss`."""
-        return self.model.loss(images, masks_enc, masks_pred)
+        return self.model.loss(images, *inputs)
 
     def update(self, momentum: float) -> None:
         """AdamW and EMA in one pass."""

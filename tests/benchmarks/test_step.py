@@ -55,8 +55,8 @@ def test_rows(rows: list[dict]):
 
 def test_a_wrong_way_has_no_time(monkeypatch):
     class Off(ways.Fast):
-        def objective(self, images, masks_enc, masks_pred):
-            return 1.001 * super().objective(images, masks_enc, masks_pred)
+        def objective(self, images, *inputs):
+            return 1.001 * super().objective(images, *inputs)
 
     monkeypatch.setattr(step, "Fast", Off)
     eager, ours = step.measure(SMALL, 1, ROWS[:2])
@@ -69,7 +69,7 @@ def test_a_wrong_way_has_no_time(monkeypatch):
 
 def test_a_way_that_cannot_run_says_why(monkeypatch):
     class Fails(ways.Fast):
-        def objective(self, images, masks_enc, masks_pred):
+        def objective(self, images, *inputs):
             raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(step, "Fast", Fails)
@@ -97,7 +97,7 @@ def test_every_way_trains_alike(name: str):
         for number in range(3):
             torch.manual_seed(number)
             masks = [step._form(m, way.ragged) for m in SMALL.masks(3, number, ragged=False)]
-            loss, _ = laps.take_step(way, SMALL.images(3), masks[0], masks[1], 0.9)
+            loss, _ = laps.take_step(way, SMALL.images(3), way.inputs(masks[0], masks[1], 3), 0.9)
             losses[row].append(loss.item())
     assert losses[name] == pytest.approx(losses["eager"], rel=1e-4)
 
@@ -108,7 +108,7 @@ def test_the_compiled_way_is_the_same_step_uncompiled(monkeypatch):
     way = step.build(SMALL, "compiled")
     found = step.errors(SMALL, way, step.exact_gradients(SMALL))
     assert found["gradients"] < 1e-5
-    loss, lap = laps.take_step(way, SMALL.images(3), *SMALL.masks(3, 0, ragged=False), 0.9)
+    loss, lap = laps.take_step(way, SMALL.images(3), way.inputs(*SMALL.masks(3, 0, ragged=False), 3), 0.9)
     assert loss.isfinite()
     assert all(seconds > 0 for seconds in lap.seconds().values())
 
@@ -127,7 +127,7 @@ def test_a_forms_masks_are_the_same_patches():
 
 def test_hooks_are_gone_after_a_step():
     way = step.build(SMALL, "fastjepa truncated")
-    laps.take_step(way, SMALL.images(3), *SMALL.masks(3, 0, ragged=False), 0.9)
+    laps.take_step(way, SMALL.images(3), way.inputs(*SMALL.masks(3, 0, ragged=False), 3), 0.9)
     assert not any(module._forward_hooks for module in (way.encoder, way.predictor, way.target_encoder))
 
 
@@ -137,10 +137,10 @@ def test_peak_memory_counts_what_a_step_holds():
     peaks = []
     for work in (small, large):
         way = step.build(work, "eager")
-        masks = work.masks(work.batch, 0, ragged=False)
-        laps.take_step(way, work.images(work.batch), *masks, 0.9)
+        inputs = way.inputs(*work.masks(work.batch, 0, ragged=False), work.batch)
+        laps.take_step(way, work.images(work.batch), inputs, 0.9)
         stays = sum(t.numel() * t.element_size() for t in way.tensors())
-        peaks.append(laps.peak_bytes(way, work.images(work.batch), *masks, 0.9))
+        peaks.append(laps.peak_bytes(way, work.images(work.batch), inputs, 0.9))
         assert peaks[-1] > stays
     assert peaks[1] > peaks[0]
 
