@@ -115,7 +115,7 @@ class Meter:
         row |= {"momentum": schedules.momentum(step), "context tokens": batch.context_tokens}
         row["flops"] = self.flops(len(batch.images), batch.masks_enc, batch.masks_pred) if self.peak else 0.0
         self.rows.append(row)
-        self.losses.append(loss)
+        self.losses.append(loss.clone())  # torch's loss of the CPU keeps a number for each element it is the mean of
         if step % self.trainer.config.logging.watch_every == 0:
             self.look = self.watch.look(features)
 

@@ -206,6 +206,16 @@ def test_a_step_reads_nothing_back(pictures, tmp_path, monkeypatch):
     assert not loss.requires_grad
 
 
+def test_losses_that_wait_to_be_read_are_single_numbers(pictures, tmp_path):
+    config = tiny_config(pictures, tmp_path, mask={"ragged": True})
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    meter = engine.Meter(trainer)
+    loss, features = trainer.train_step(batches[0])
+    meter.add(batches[0], loss, features)
+    assert [kept.untyped_storage().nbytes() for kept in meter.losses] == [4]
+
+
 def test_parameter_groups_are_the_official_ones(pictures, tmp_path):
     model = build_models(tiny_config(pictures, tmp_path))
     groups = parameter_groups(model.encoder, model.predictor)
