@@ -53,7 +53,8 @@ WAYS: dict[str, dict[str, str]] = {
 OTHER_WAY = {"color": "#555555", "marker": "x", "linestyle": (0, (1, 3))}
 LEADS = {"facecolor": "#1f4e79", "hatch": ""}  # a peer takes longer than ours
 TRAILS = {"facecolor": "#f3d9c8", "hatch": "////"}  # it is faster
-GUESSED = {"facecolor": "#ffffff", "hatch": "//", "linestyle": "--"}  # predicted or published, not measured here
+PUBLISHED = {"facecolor": "#ffffff", "hatch": "..", "linestyle": "-"}  # by others, not measured here
+GUESSED = {"facecolor": "#ffffff", "hatch": "//", "linestyle": "--"}  # predicted
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def roofline(run: Run) -> list[Figure]:
     rest = [_standing(rows[0], mine, peer) for rows, mine, peer in groups if not any(rows is r for r, _, _ in timed)]
     note = "The number of a point is that of its operation; a line joins ours and its best peer."
     note += f" Not on the plot, without a FLOP or a time: {'; '.join(rest)}." if rest else ""
-    note += " What is above the roof had its inputs in a cache." if machine["kind"] == "cpu" else ""
+    note += " What is above the roof may have had its inputs in a cache." if machine["kind"] == "cpu" else ""
     heading = f"Roofline: {name} that each operation reached, against FLOPs per byte"
     return [Figure(heading, drawn(4.4, plot, f"{heading}. {'; '.join(key)}"), note, key)]
 
@@ -272,18 +273,18 @@ def scaling(run: Run) -> list[Figure]:
 
 def hours(plans: dict[str, dict[str, Any]], published: float) -> Figure:
     """Hours of the published pretraining: published, and predicted for each form of masks."""
-    lines = [("published: under", published)]
-    lines += [(f"predicted, {form} masks:", plan["hours"]) for form, plan in plans.items()]
+    lines = [(f"published: under {published:g} hours", published, PUBLISHED)]
+    for form, plan in plans.items():
+        lines.append((f"predicted, {form} masks: {digits(plan['hours'])} hours", plan["hours"], GUESSED))
 
     def plot(axes: Any) -> None:
-        for place, (words, value) in enumerate(lines):
-            _label(axes, place, f"{words} {digits(value)} hours")
-            style = GUESSED if place else {"facecolor": PALE, "hatch": "...", "linestyle": "-"}
-            axes.barh(place, value, height=0.5, edgecolor=INK, **style)
+        for place, (words, value, style) in enumerate(lines):
+            _label(axes, place, words)
+            axes.barh(place, value, height=0.45, edgecolor=INK, **style)
         _bars(axes, len(lines), "hours")
 
     heading = "Hours to pretrain ViT-H/14 for 300 epochs on 16 A100: published, and predicted"
-    alt = "; ".join(f"{words} {digits(value)} hours" for words, value in lines)
+    alt = "; ".join(words for words, _, _ in lines)
     note = " ".join(f"{form.capitalize()} masks, predicted: {plan['basis']}." for form, plan in plans.items())
     return Figure(heading, drawn(0.7 + 0.55 * len(lines), plot, f"{heading}. {alt}"), note)
 

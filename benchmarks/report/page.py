@@ -47,7 +47,8 @@ th { border-top: 0; border-bottom: 2px solid var(--ink); vertical-align: bottom;
 caption span, .over span { position: sticky; left: .5rem; display: inline-block; max-width: calc(100vw - 4rem); }
 td:first-child { min-width: 8rem; }
 td { min-width: 4rem; max-width: 22rem; }
-.n { text-align: right; white-space: nowrap; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
 summary { cursor: pointer; padding: .3rem 0; }
 .none { border-left: 4px double var(--ink); padding-left: .6rem; }
 @media (min-width: 50rem) {
@@ -69,6 +70,7 @@ WORDS = {
     "measured": "A filled bar or point, a number in a table: what a clock, a counter or an allocator said on the named "
     "device, in the run that is named below it.",
     "predicted": "An open, hatched bar with a dashed edge and the word. Reckoned, with what it rests on beside it.",
+    "published": "An open, dotted bar and the word: what the paper says.",
     "by data sheet": "A dashed line: what NVIDIA says of the chip.",
     "wrong": "An output, a loss or a gradient was further from the fp64 answer than allowed, so there is no time.",
     "absent": "The peer is not installed there, or does not run there.",

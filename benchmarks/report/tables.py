@@ -153,7 +153,8 @@ def kernels(run: Run) -> Table:
                     "best peer over ours": row.get("best_peer_over_ours") if ours(row) else "",
                 }
             )
-    return table_of("Operations by their peers, each held to the fp64 answer before it was timed", lines, [run])
+    table = table_of("Operations by their peers, each held to the fp64 answer before it was timed", lines, [run])
+    return replace(table, notes=on_processors([run]))
 
 
 def leads(devices: Sequence[Device]) -> Table:
@@ -170,7 +171,14 @@ def leads(devices: Sequence[Device]) -> Table:
         for operation, cells in found.items()
     ]
     runs = [run for device in with_rows for run in device.of("kernels")]
-    return table_of("Operations: the best peer's time over ours, and which peer that is", lines, runs)
+    table = table_of("Operations: the best peer's time over ours, and which peer that is", lines, runs)
+    return replace(table, notes=on_processors(runs))
+
+
+def on_processors(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What to know of runs of the kernels suite without a GPU."""
+    plain = any(run["machine"]["kind"] == "cpu" for run in runs)
+    return ("On a processor the operations of fastjepa are PyTorch code: its kernels need a GPU",) if plain else ()
 
 
 def lead(rows: Sequence[Row]) -> str:

@@ -74,6 +74,13 @@ def test_a_row_without_a_right_answer_never_shows_a_time(why: str):
     assert "WRONG: so" in markdown.report(made) or "absent: so" in markdown.report(made)
 
 
+def test_on_a_processor_the_kernels_did_not_run():
+    note = "On a processor the operations of fastjepa are PyTorch code: its kernels need a GPU."
+    for has, of_machine in ((False, machine()), (True, machine("AMD EPYC", None))):
+        made = of(run("kernels", kernels(), of=of_machine))
+        assert (note in markdown.report(made), note in markdown.readme(made)) == (has, has)
+
+
 def test_ours_wrong_has_no_lead():
     rows = [kernel("torch", 1.0), kernel("fastjepa", 1.0, wrong="nan", best_peer_over_ours=3.0)]
     assert tables.lead(of(run("kernels", rows))[0].of("kernels")[0]["rows"]) == "WRONG: nan"

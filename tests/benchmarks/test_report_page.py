@@ -111,7 +111,7 @@ def test_what_was_not_measured_is_said():
 def test_predictions_are_open_and_called_so(whole: str):
     svg = figures.hours(PLANS, 72.0).svg
     assert svg.count("predicted, ") >= 2
-    assert "published: under 72.0 hours" in svg
+    assert "published: under 72 hours" in svg
     assert figures.GUESSED["facecolor"] == "#ffffff"
     assert figures.GUESSED["hatch"]
     assert figures.GUESSED["hatch"] not in [part["hatch"] for part in figures.PARTS.values()]
