@@ -58,11 +58,11 @@ summary { cursor: pointer; padding: .3rem 0; }
   .wide h4 { grid-column: 1 / -1; }
 }
 @media print {
-  nav { display: none; }
+  nav, #rows { display: none; } /* every row is in the results files */
+  h2, h3, h4 { break-after: avoid; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 7pt; }
-  details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
 _NUMBER = ' class="n"'

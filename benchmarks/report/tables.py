@@ -190,7 +190,8 @@ def lead(rows: Sequence[Row]) -> str:
     best = max(timed, key=lambda row: row["best_peer_over_ours"])
     peers = [row for row in rows if not ours(row) and row.get("ms")]
     against = f" {min(peers, key=lambda row: row['ms'])['peer']}" if peers else ""
-    return f"{digits(best['best_peer_over_ours'])}x{against}"
+    form = "" if best["peer"] == "fastjepa" else f" ({best['peer']})"
+    return f"{digits(best['best_peer_over_ours'])}x{against}{form}"
 
 
 def scaling(run: Run) -> list[Table]:
