@@ -265,7 +265,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _cell(head: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{100 * value:.1f} %" if head == "share" else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+        if head == "share":
+            return f"{100 * value:.1f} %"
+        return f"{value:.4g}" if 5e-4 < value < 1000 else f"{value:.0f}"
     text = str(value or "").replace("|", "\\|")
     for noise in ("void ", "at::native::", "(anonymous namespace)::"):  # of kernels' names
         text = text.replace(noise, "")
