@@ -21,10 +21,11 @@ SUITES = {
     "input": "what reading pictures costs",
     "codegen": "every kernel compiled for chips that need not be here",
     "host": "what launching costs the processor, with no GPU needed",
+    "count": "what a whole step launches, moves and allocates, by count; nothing runs",
     "roofline": "what each operation costs at least, by count; nothing runs",
     "report": "tables and pictures of results",
 }
-UNTIMED = ("codegen", "roofline", "report")  # suites whose rows are no machine's
+UNTIMED = ("codegen", "roofline", "count", "report")  # suites whose rows are no machine's
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,330 @@
+"""The `count` suite: what one training step launches, moves, computes and allocates, by count: nothing is computed.
+
+Eager and ours take a whole step (forward, backward, optimizer, EMA) on the meta device, under CUDA's rules of bf16
+autocast, ours with its kernels; the compiled step is traced on fake tensors and scheduled by Inductor. `counter` says
+what counts as what, `inductor` what is taken from Inductor's own account. Copies of a batch to the device are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.counter import KINDS, Counter, CudaAutocast, Event, kernel_path
+from benchmarks.inductor import scheduled
+from benchmarks.laps import PARTS, Laps, _borders
+from benchmarks.step import MOMENTUM, Work, build
+from benchmarks.tables import columns
+from benchmarks.ways import Compiled, Eager, Masks, Way, naive_models
+from fastjepa import Ragged
+from fastjepa.training.models import ENCODERS, step_flops
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+ROWS = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged")
+TOWERS = ("target", "context", "predictor")
+MOST = 1.02  # FLOPs launched over needed, of ours
+SOURCES = 10
+MARKERS = "<!-- counts -->", "<!-- end of counts -->"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, its batch, and which rows."""
+    parser.add_argument("--model", default="vit_huge", choices=ENCODERS, metavar="NAME", help=", ".join(ENCODERS))
+    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--crop-size", type=int, default=224, help="pixels")
+    parser.add_argument("--batch-size", type=int, default=128, help="images")
+    parser.add_argument("--pred-emb-dim", type=int, default=384)
+    parser.add_argument("--pred-depth", type=int, help="default: 12 from vit_large on, 6 below, as published")
+    parser.add_argument("--row", action="append", choices=ROWS, help="default: all; compiled takes minutes")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="write the tables between the markers there")
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each way to take the step.
+
+    Raises:
+        ValueError: sizes that do not go together, a count below one, or a document without its markers.
+    """
+    for name in ("patch_size", "crop_size", "batch_size", "pred_depth", "pred_emb_dim"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.document:
+        _put("", arguments.document, write=False)
+    deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
+    predictor = arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)
+    sizes = arguments.patch_size, arguments.crop_size, arguments.batch_size
+    rows = measure(Work(arguments.model, *sizes, predictor, bf16=True, device=META), arguments.row or ROWS)
+    if arguments.document:
+        _put(markdown(rows), arguments.document)
+    return rows
+
+
+def table(rows: Sequence[dict]) -> str:
+    """For a person to read: a line for each row, then where the bytes of ours come from."""
+    texts = [columns(_shown(rows))]
+    texts += [f"{row['row']}, the rest's largest sources:\n{columns(_sources(row))}" for row in rows if _is_ours(row)]
+    return "\n\n".join(texts)
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """The same as Markdown."""
+    texts = [_markdown(_shown(rows))]
+    texts += [
+        f"The largest sources of the rest's bytes, {row['row']}:\n\n{_markdown(_sources(row))}"
+        for row in rows
+        if _is_ours(row)
+    ]
+    return "\n\n".join(texts)
+
+
+def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
+    """Rows of ours that compute too much or wait for the device."""
+    found = []
+    for row in filter(_is_ours, rows):
+        if row["flops_over_needed"] > MOST:
+            found.append(f"{row['row']}: {row['flops_over_needed']:.4f} FLOPs launched over needed, {MOST} allowed")
+        if row["syncs"]:
+            found.append(f"{row['row']}: waits for the device {row['syncs']} times")
+    return found
+
+
+def measure(work: Work, names: Sequence[str]) -> list[dict]:
+    """The rows of these names, in the order of `ROWS`."""
+    return [_row(work, name) for name in ROWS if name in names]
+
+
+def count(work: Work, name: str) -> dict[str, list[Event]]:
+    """Every event of one step in the steady state, by part: the second step, when optimizer state is there."""
+    masks = work.masks(work.batch, 0, ragged=name == "fastjepa ragged")
+    if name == "compiled":
+        return _count_compiled(work, masks)
+    return _count_eager(work, name, masks)
+
+
+def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str, list[Event]]:
+    """On the meta device, which has no values: lengths are given, and whatever is read back is 0."""
+    way = build(replace(work, device=META, bf16=False), name)
+    if isinstance(way, Eager):  # what it is on a GPU, and the meta device is none
+        way.scaler = torch.amp.GradScaler("cpu", enabled=True)
+        for group in way.optimizer.param_groups:
+            group["foreach"] = True
+    parameters = [p.shape for model in way.models for p in model.parameters()]
+    counter = Counter(_lengths(work, masks), [shape for shape in parameters if len(shape) > 1])
+    on_device: list[Any] = [_to(m, META) for m in masks]
+    images = replace(work, device=META).images(work.batch)
+
+    def loss() -> Tensor:
+        with CudaAutocast():
+            return way.objective(images, *on_device)
+
+    with kernel_path(counter), counter:
+        for _ in range(2):
+            counter.clear()
+            _step(way, counter, loss)
+    return dict(counter.events)
+
+
+def _count_compiled(work: Work, masks: tuple[Masks, Masks]) -> dict[str, list[Event]]:
+    """On fake tensors that lie on the CPU, whose autocast makes the same casts in these models."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    models = naive_models(replace(work, device=META).model(), plain=False)
+    counter = Counter(fake=True)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake, scheduled(counter):
+        warnings.simplefilter("ignore", UserWarning)  # of torch's own doings: copies of fake tensors, caches left out
+        for model in models:
+            _materialise(model)
+        way = Compiled(models, bf16=True)
+        masks_enc, masks_pred = ([fake.from_tensor(m) for m in listed] for listed in masks if isinstance(listed, list))
+        images = torch.empty(work.batch, 3, work.pixels, work.pixels)
+        with counter:
+            for _ in range(2):
+                counter.clear()
+                _step(way, counter, lambda: way.loss(images, masks_enc, masks_pred))
+    return dict(counter.events)
+
+
+def _materialise(model: nn.Module) -> None:
+    """Parameters on the meta device become new ones on the CPU."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                made = torch.empty(p.shape, dtype=p.dtype, device=CPU)
+                module._parameters[name] = nn.Parameter(made, requires_grad=p.requires_grad)
+
+
+class _Marks(Laps):
+    """Marks in what was counted, at the places where the `step` suite has marks in time."""
+
+    def __init__(self, counter: Counter):
+        super().__init__(META)
+        self.counter = counter
+
+    def mark(self, part: str) -> None:
+        self.counter.mark(part)
+
+
+def _step(way: Way, counter: Counter, loss: Callable[[], Tensor]) -> None:
+    marks = _Marks(counter)
+    with _borders(way, marks):
+        value = loss()
+        marks.mark("loss")
+        way.backward(value)
+        marks.mark("context")
+        way.update(MOMENTUM)
+        marks.mark("optimizer")
+
+
+def _lengths(work: Work, masks: tuple[Masks, Masks]) -> dict[tuple[int, int], Tensor]:
+    """Of contexts, whole images and the predictor's sequences, by (tokens, sequences)."""
+    context, target = (_of_sequences(m) for m in masks)
+    pairs = (context.view(work.batch, 1, -1) + target.view(work.batch, -1, 1)).flatten()
+    whole = torch.full((work.batch,), (work.pixels // work.patch) ** 2)
+    return {(int(lengths.sum()), len(lengths)): lengths for lengths in (context, whole, pairs)}
+
+
+def _of_sequences(masks: Masks) -> Tensor:
+    """int64 [S], image by image."""
+    if isinstance(masks, Ragged):
+        return masks.lengths.long()
+    return torch.full((len(masks) * len(masks[0]),), masks[0].shape[1])
+
+
+def _to(masks: Masks, device: torch.device) -> Masks:
+    return masks.to(device) if isinstance(masks, Ragged) else [m.to(device) for m in masks]
+
+
+def _row(work: Work, name: str) -> dict[str, Any]:
+    masks = work.masks(work.batch, 0, ragged=name == "fastjepa ragged")
+    context, target = (_of_sequences(m) for m in masks)
+    model = replace(work, device=META).model()
+    row: dict[str, Any] = {
+        "row": name,
+        "model": f"{work.name}/{work.patch}",
+        "pixels": work.pixels,
+        "batch": work.batch,
+        "dtype": "bf16",
+        "predictor_width": work.predictor[0],
+        "predictor_depth": work.predictor[1],
+        "context_tokens": float(context.sum()) / work.batch,
+    }
+    try:
+        parts = count(work, name)
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        if name != "compiled":
+            raise
+        return row | {"absent": f"fails: {type(error).__name__}: {error}".splitlines()[0][:120]}
+    events = [event for part in PARTS for event in parts[part]]
+    pairs = len(target) // work.batch * float(context.sum()) + len(context) // work.batch * float(target.sum())
+    tokens = {
+        "target": work.batch * model.encoder.patch_embed.num_patches * len(model.encoder.blocks),
+        "context": float(context.sum()) * len(model.encoder.blocks),
+        "predictor": pairs * work.predictor[1],
+    }
+    needed = step_flops(model)(work.batch, *masks)
+    flops = {kind: sum(e.flops for e in events if e.kind == kind) for kind in KINDS}
+    moved = {part: sum(e.bytes for e in parts[part] if e.kind == "rest") for part in PARTS}
+    return row | {
+        "launches": sum(e.launches for e in events),
+        "launches_by_kind": {kind: sum(e.launches for e in events if e.kind == kind) for kind in KINDS},
+        "gemm_flops": flops["gemm"],
+        "attention_flops": flops["attention"],
+        "needed_flops": needed,
+        "flops_over_needed": (flops["gemm"] + flops["attention"]) / needed,
+        **{f"{kind}_bytes": sum(e.bytes for e in events if e.kind == kind) for kind in KINDS},
+        "rest_bytes_by_part": moved,
+        "rest_bytes_per_token_layer": {part: moved[part] / tokens[part] for part in TOWERS},
+        "allocations": sum(e.allocations for e in events),
+        "allocated_bytes": sum(e.allocated for e in events),
+        "syncs": sum(e.syncs for e in events),
+        "casts": sum(e.casts for e in events),
+        "cast_bytes": sum(e.bytes for e in events if e.casts),
+        "sources": _largest(parts),
+    }
+
+
+def _largest(parts: dict[str, list[Event]]) -> list[dict[str, Any]]:
+    """What the rest's bytes are, the largest sums first."""
+    sums: dict[tuple[str, str], dict[str, Any]] = {}
+    for part, events in parts.items():
+        for event in events:
+            if event.kind == "rest":
+                empty = {"name": event.name, "what": event.what, "launches": 0, "bytes": 0, "bytes_by_part": {}}
+                source = sums.setdefault((event.name, event.what), empty)
+                source["launches"] += event.launches
+                source["bytes"] += event.bytes
+                source["bytes_by_part"][part] = source["bytes_by_part"].get(part, 0) + event.bytes
+    return sorted(sums.values(), key=lambda source: -source["bytes"])[:SOURCES]
+
+
+def _is_ours(row: dict) -> bool:
+    return row["row"].startswith("fastjepa") and "launches" in row
+
+
+def _shown(rows: Sequence[dict]) -> list[dict[str, Any]]:
+    shown = []
+    for row in rows:
+        line = {"row": row["row"]}
+        if "absent" in row:
+            shown.append(line | {"launches": row["absent"]})
+            continue
+        line |= {"launches": row["launches"]}
+        line |= {f"{kind} launches": row["launches_by_kind"][kind] for kind in KINDS}
+        line |= {"GEMM TFLOP": row["gemm_flops"] / 1e12, "attention TFLOP": row["attention_flops"] / 1e12}
+        line |= {"over needed": f"{row['flops_over_needed']:.4f}"}
+        line |= {"rest GB": row["rest_bytes"] / 1e9, "attention GB": row["attention_bytes"] / 1e9}
+        line |= {f"{part} B/token/layer": round(row["rest_bytes_per_token_layer"][part]) for part in TOWERS}
+        line |= {"optimizer GB": row["rest_bytes_by_part"]["optimizer"] / 1e9}
+        line |= {"allocations": row["allocations"], "allocated GB": row["allocated_bytes"] / 1e9}
+        shown.append(line | {"syncs": row["syncs"], "casts": row["casts"], "cast GB": row["cast_bytes"] / 1e9})
+    return shown
+
+
+def _sources(row: dict) -> list[dict[str, Any]]:
+    return [
+        {
+            "operator or kernel": source["name"],
+            "of": source["what"],
+            "launches": source["launches"],
+            "GB": source["bytes"] / 1e9,
+            "share": f"{source['bytes'] / row['rest_bytes']:.1%}",
+        }
+        | {f"{part} GB": source["bytes_by_part"].get(part, 0) / 1e9 for part in TOWERS}
+        for source in row["sources"]
+    ]
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(head, "")) for head in heads) + " |" for row in rows)])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _put(text: str, path: Path, write: bool = True) -> None:
+    """Put a text between the markers of a file.
+
+    Raises:
+        ValueError: no such file, or one without the markers.
+    """
+    try:
+        whole = path.read_text(encoding="utf-8")
+        before, rest = whole.split(MARKERS[0])
+        after = rest.split(MARKERS[1])[1]
+        if write:
+            path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--document: {path}: {error.strerror}") from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"--document: {path} must hold {MARKERS[0]} and then {MARKERS[1]}, once each") from error
