@@ -138,7 +138,7 @@ def _count_compiled(work: Work, masks: tuple[Masks, Masks]) -> dict[str, list[Ev
 
     models = naive_models(replace(work, device=META).model(), plain=False)
     counter = Counter(fake=True)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake, scheduled(counter):
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake, scheduled(counter) as graphs:
         warnings.simplefilter("ignore", UserWarning)  # of torch's own doings: copies of fake tensors, caches left out
         for model in models:
             _materialise(model)
@@ -149,6 +149,8 @@ def _count_compiled(work: Work, masks: tuple[Masks, Masks]) -> dict[str, list[Ev
             for _ in range(2):
                 counter.clear()
                 _step(way, counter, lambda: way.loss(images, masks_enc, masks_pred))
+    if len(graphs) != 5:  # forward of three models, backward of two
+        raise RuntimeError(f"torch.compile made {len(graphs)} graphs of the models, not 5")
     return dict(counter.events)
 
 

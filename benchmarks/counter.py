@@ -268,10 +268,16 @@ class CudaAutocast(TorchFunctionMode):
 
 @contextmanager
 def kernel_path(counter: Counter) -> Iterator[None]:
-    """Ours takes its kernels on any device, and launches do nothing but be counted."""
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
+    """Ours takes its kernels on any device, and launches do nothing but be counted.
 
+    Raises:
+        ValueError: no Triton.
+    """
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+    except ImportError as error:
+        raise ValueError("counting launches needs Triton, which is not installed: pip install triton") from error
     from fastjepa.kernels.adamw_ema import adamw_ema_cost
     from fastjepa.ops import library
     from fastjepa.optim import AdamWEMA

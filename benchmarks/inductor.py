@@ -25,18 +25,21 @@ _ALLOCATION = re.compile(r"empty_strided\w*\(\(([\d, ]*)\), \([\d, ]*\), torch\.
 
 
 @contextmanager
-def scheduled(counter: Counter) -> Iterator[None]:
+def scheduled(counter: Counter) -> Iterator[list[int]]:
     """Graphs that Inductor is given are scheduled and written, not compiled; each call adds what it would cost.
 
-    Uses parts of torch that are not public; where they have gone, that shows as an ImportError or AttributeError.
+    Gives the number of nodes of each graph so far. Uses parts of torch that are not public; where they have gone, that
+    shows as an ImportError or AttributeError.
     """
     from torch._inductor import config, graph
 
     lowering: Any = graph.GraphLowering
+    graphs: list[int] = []
 
     def compile_to_module(self: Any) -> SimpleNamespace:
         self._update_scheduler()
         events = [event for node in self.scheduler.nodes if (event := _event(node))]
+        graphs.append(len(self.scheduler.nodes))
         code = self.codegen()[0].value
         for sizes, dtype in _ALLOCATION.findall(code):
             size = prod(int(n) for n in sizes.split(",") if n.strip()) * getattr(torch, dtype).itemsize
@@ -60,7 +63,7 @@ def scheduled(counter: Counter) -> Iterator[None]:
     try:
         # simdlen 1: there is no code to run, so nobody has to try which vectors this processor has.
         with config.patch({"force_disable_caches": True, "cpp.simdlen": 1}):
-            yield
+            yield graphs
     finally:
         torch._dynamo.reset()
         lowering.compile_to_module = kept

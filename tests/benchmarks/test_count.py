@@ -306,6 +306,12 @@ def test_compiled_that_cannot_be_counted_says_why(monkeypatch):
     assert row["absent"] in count.table([row])
 
 
+def test_compiled_that_is_not_compiled_is_no_row(monkeypatch):
+    monkeypatch.setattr(ways.torch, "compile", lambda model: model)
+    (row,) = count.measure(SMALL, ["compiled"])
+    assert row["absent"] == "fails: RuntimeError: torch.compile made 0 graphs of the models, not 5"
+
+
 def test_everything_is_back_afterwards():
     from torch._inductor.graph import GraphLowering
     from triton.runtime.interpreter import InterpretedFunction
