@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes from $(PYTHON).
 #   make demo                  pretrain on a few pictures, evaluate, draw      (DATA=folder: on your own pictures)
 #   make test                  the tests                                       (PYTEST_ARGS="tests/test_masks.py -x")
+#   make bench                 every benchmark suite, then runs/benchmarks/report.html  (SUITES="step masks")
 #   make lint types wheel      style, types, dist/*.whl and dist/*.tar.gz
 #   make gpu                   GPU tests and benchmarks, on a machine with one
 #   make format clean distclean
@@ -11,13 +12,15 @@ VENV ?= .venv
 DATA ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
+SUITES ?= masks step kernels input scaling codegen
+RESULTS := runs/benchmarks
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written at first import: compiling all of every package would double the time of the install.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel gpu clean distclean
+.PHONY: help demo test bench lint format types wheel gpu clean distclean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -41,6 +44,15 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'not timing' -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS) \
 	&& { [ $$timing -eq 0 ] || [ $$timing -eq 5 ]; }
 
+# A suite that fails says so and does not keep the others from running; the report shows what there is.
+bench: $(VENV)/.bench
+	@mkdir -p $(RESULTS) && rm -f $(RESULTS)/*.json
+	@failed=; for suite in $(SUITES); do \
+	echo "==> $$suite"; $(BIN)/python -W ignore -m benchmarks $$suite --json $(RESULTS)/$$suite.json || failed="$$failed $$suite"; \
+	done; \
+	$(BIN)/python -m benchmarks report $(RESULTS)/*.json --html $(RESULTS)/report.html \
+	&& { [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }; }
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,8 +72,10 @@ gpu: $(VENV)/.test $(VENV)/.bench
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA GPU; fastjepa doctor says what is here")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "not gpu" tests/ops/test_library.py tests/test_optim.py $(PYTEST_ARGS)
-	$(BIN)/python -m benchmarks kernels
-	$(BIN)/python -m benchmarks step
+	$(BIN)/python -W ignore -m benchmarks step --model vit_base --save
+	$(BIN)/python -W ignore -m benchmarks step --model vit_large --save
+	$(BIN)/python -W ignore -m benchmarks step --model vit_huge --patch-size 14 --save
+	$(BIN)/python -W ignore -m benchmarks kernels --save
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -86,11 +86,11 @@ def _put(name: str, argv: list[str], arguments: argparse.Namespace, rows: list[d
 
 
 def _without_outputs(argv: list[str]) -> list[str]:
-    """The arguments that bear on the rows."""
+    """The arguments that bear on the rows; of a path only its name, since the rest is this machine's."""
     kept, skip = [], False
     for word in argv:
         if not skip and word != "--save" and word != "--json" and not word.startswith("--json="):
-            kept.append(word)
+            kept.append(Path(word).name if Path(word).is_absolute() else word)
         skip = word == "--json" and not skip
     return kept
 
