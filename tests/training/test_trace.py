@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from fastjepa.training.trace import MIB, StepTrace
+from fastjepa.training.trace import MIB, PARTS, StepTrace
 
 MAIN, ENGINE, GPU = (7, 7), (7, 8), (0, 20)
 NODE = "autograd::engine::evaluate_function: "
@@ -205,6 +207,12 @@ def test_what_is_shown_with_the_trace():
     ]
     (curve,) = [e for e in added if e["ph"] == "C"]
     assert (curve["ts"], curve["args"]) == (120, {"held": 12})
+
+
+def test_every_part_is_explained():
+    text = (Path(__file__).parents[2] / "docs" / "profiling.md").read_text(encoding="utf-8")
+    explained = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    assert not [part for part in (*PARTS, "GPU idle") if not any(part in cell for cell in explained)]
 
 
 def test_no_whole_step():
