@@ -62,7 +62,43 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, and which backend each operation uses")
     doctor.add_argument("--json", metavar="FILE", help="write the report there, - for standard output")
     doctor.set_defaults(run=_doctor)
+    _add_plan(commands.add_parser("plan", help="hours, money and memory of a run on GPUs that need not be here"))
     return top
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    """The options of `plan`; None where nothing is asked for."""
+    plan.description = "Plan a run by a written model, and say of each figure what it rests on."
+    plan.add_argument("--config", metavar="YAML", help="a file or a shipped name: models, masks, batch size, epochs")
+    plan.add_argument("--model", metavar="NAME", help="default: vit_huge, or the configuration's")
+    plan.add_argument("--patch-size", type=int, metavar="PIXELS", help="default: 14 for vit_huge, else 16")
+    plan.add_argument("--crop-size", type=int, metavar="PIXELS", help="default: 224")
+    plan.add_argument("--pred-depth", type=int, metavar="LAYERS", help="default: 12 from vit_large on, else 6")
+    plan.add_argument("--pred-emb-dim", type=int, metavar="WIDTH", help="default: 384")
+    plan.add_argument("--batch-size", type=int, metavar="IMAGES", help="on each GPU; default: 128")
+    plan.add_argument("--epochs", type=int, help="default: 300")
+    plan.add_argument("--images", type=int, help="of the data set; default: ImageNet-1k's 1281167")
+    plan.add_argument("--nenc", type=int, help="contexts an image; default: 1")
+    plan.add_argument("--npred", type=int, help="targets an image; default: 4")
+    for name, default in (("enc-mask-scale", "0.85 1"), ("pred-mask-scale", "0.15 0.2"), ("aspect-ratio", "0.75 1.5")):
+        plan.add_argument(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=f"default: {default}")
+    plan.add_argument("--min-keep", type=int, metavar="PATCHES", help="default: 10")
+    plan.add_argument("--masking", default="both", help="truncated, ragged, or both (default)")
+    plan.add_argument("--implementation", default="fastjepa", help="fastjepa (default), compiled or eager")
+    plan.add_argument("--gpu", default="a100-80g", metavar="NAME", help="default: %(default)s")
+    plan.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="default: %(default)s")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="COUNT", help="default: %(default)s")
+    plan.add_argument("--network-gb-per-s", type=float, metavar="GB", help="out of a node; default: as its GPUs come")
+    plan.add_argument("--images-per-core", type=float, metavar="RATE", help="that a core reads and crops a second")
+    plan.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE")
+    plan.add_argument("--price-per-kwh", type=float, metavar="PRICE")
+    plan.add_argument("--currency", default="USD", help="default: %(default)s")
+    plan.add_argument(
+        "--measured", type=Path, metavar="JSON", help="results of the step suite in place of those shipped"
+    )
+    plan.add_argument("--check", action="store_true", help="predict every measured step from the others, and no run")
+    plan.add_argument("--json", metavar="FILE", help="write the plan there, - for standard output")
+    plan.set_defaults(run=_plan)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -95,6 +131,25 @@ def _doctor(arguments: argparse.Namespace) -> int:
         _write_json(report, arguments.json)
     if arguments.json != "-":
         print(doctor.render(report))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fastjepa import plan
+
+    if arguments.check:
+        found = plan.check(plan.steps_of(plan.read_runs(arguments.measured or plan.PACKAGED)))
+        if arguments.json:
+            _write_json(plan.comparison(found), arguments.json)
+        if arguments.json != "-":
+            print(plan.render_check(found))
+        return 0 if all(compared.within() for compared in found) else 1
+    order = plan.Order.of(vars(arguments))
+    result = plan.plan(order, arguments.masking, arguments.measured)
+    if arguments.json:
+        _write_json(result, arguments.json)
+    if arguments.json != "-":
+        print(plan.render(result))
     return 0
 
 

@@ -1,0 +1,223 @@
+"""Measured training steps: read from results files of `python -m benchmarks`, and what of the roof they reached."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastjepa.chips import Chip, chip
+from fastjepa.config import Config, parse_config
+from fastjepa.plan.cost import PARTS, Step
+from fastjepa.plan.layers import AUTOCAST, FP32
+from fastjepa.plan.work import Models, draw
+
+FORMAT, VERSION = "fastjepa benchmarks", 1
+PACKAGED = Path(__file__).with_name("measured.json")
+NEAREST = 3  # rows that an efficiency is the mean of
+NEEDED = {
+    "model": str, "pixels": int, "batch": int, "dtype": str, "predictor_depth": int, "predictor_width": int,
+    "context_tokens": float, "target_tokens": float, "npred": int, "ms": float, "parts_ms": dict,
+}  # fmt: skip
+ROWS = {"eager": "eager", "compiled": "compiled", "fastjepa truncated": "fastjepa", "fastjepa ragged": "fastjepa"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One timed step of the `step` suite.
+
+    Attributes:
+        device: of the machine, with its threads where it is a processor. kind: "cuda" or "cpu". chip: by name, if it is
+            in `fastjepa.chips`. peak, bandwidth: its roof, of a known chip's data sheet, else as measured of matmul and
+            copy.
+        row, model, batch, dtype: as in the row. step: what was counted of it. ms, parts_ms: what was measured.
+        watts: while it ran, None where nobody told.
+    """
+
+    device: str
+    kind: str
+    chip: str | None
+    peak: float
+    bandwidth: float
+    row: str
+    model: str
+    batch: int
+    dtype: str
+    step: Step
+    ms: float
+    parts_ms: dict[str, float]
+    watts: float | None
+
+    @property
+    def implementation(self) -> str:
+        """One of `IMPLEMENTATIONS`."""
+        return self.step.implementation
+
+    def fractions(self) -> dict[str, float]:
+        """What each part reached of the roof."""
+        costs = self.step.costs()
+        return {part: 1e3 * costs[part].seconds(self.peak, self.bandwidth) / self.parts_ms[part] for part in PARTS}
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.model}, batch {self.batch}, {self.dtype} on {self.device}"
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results file that a suite wrote with --json.
+
+    Raises:
+        ValueError: no such file, no JSON, other JSON than a results file, or one of another version.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; name a file of `python -m benchmarks step --json FILE`") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON; name a file of `python -m benchmarks step --json FILE`") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise ValueError(f"{path} is no results file; name one of `python -m benchmarks step --json FILE`")
+    if tree.get("version") != VERSION:
+        raise ValueError(f"{path} has version {tree.get('version')!r}, and {VERSION} is read here; run the suite again")
+    runs = tree.get("runs")
+    keys = {"suite": str, "machine": dict, "rows": list}
+    if not isinstance(runs, list) or not all(
+        isinstance(run, dict) and all(isinstance(run.get(key), kind) for key, kind in keys.items()) for run in runs
+    ):
+        raise ValueError(f"{path}: each of its runs must have {', '.join(keys)}; run the suite again")
+    return runs
+
+
+def steps_of(runs: Iterable[dict[str, Any]], source: str = "results") -> list[Measured]:
+    """The timed steps of runs that the planner has a count for, the rows that are absent or wrong left out.
+
+    fp32 on a GPU is left out too: neither a data sheet's peak nor the measured one is that of its products.
+
+    Raises:
+        ValueError: a row that lacks something, or a model that is not there; names it.
+    """
+    known: dict[tuple, tuple[Config, Models]] = {}
+    return [
+        _measured(run["machine"], row, known, source)
+        for run in runs
+        if run["suite"] == "step"
+        for row in run["rows"]
+        if is_used(run, row)
+    ]
+
+
+def is_used(run: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a row of the step suite has a time that the planner can use."""
+    on_gpu = run["machine"].get("kind") == "cuda"
+    return row.get("row") in ROWS and row.get("ms") is not None and not (on_gpu and row.get("dtype") != "bf16")
+
+
+def images_per_core(runs: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
+    """The most pictures a second and core that our reading was measured at, and on what."""
+    rates = [
+        (float(row["images_per_second_per_core"]), f"measured by the input suite: {row['engine']} on {_device(run)}")
+        for run in runs
+        if run["suite"] == "input"
+        for row in run["rows"]
+        if row.get("images_per_second_per_core") and str(row.get("engine", "")).startswith("fastjepa")
+    ]
+    return max(rates, default=None)
+
+
+def nearest(rows: Sequence[Measured], step: Step, part: str, row: str) -> list[Measured]:
+    """The rows whose `part` is most like that of `step`, `NEAREST` of them: those called `row` before others.
+
+    Likeness: by how much width and number of tokens differ, as logarithms, the width counting twice.
+    """
+    same = [r for r in rows if r.row == row] or list(rows)
+    width, tokens = _size(step, part)
+
+    def distance(measured: Measured) -> float:
+        w, t = _size(measured.step, part)
+        return 2 * abs(math.log(w / width)) + abs(math.log(t / tokens))
+
+    return sorted(same, key=distance)[:NEAREST]
+
+
+def mean_fraction(rows: Sequence[Measured], part: str) -> float:
+    """What `part` reached of the roof in these rows: of as much work in each."""
+    return len(rows) / sum(1 / r.fractions()[part] for r in rows)
+
+
+def _size(step: Step, part: str) -> tuple[float, float]:
+    tokens = step.batch.tokens
+    wide, narrow = step.encoder.width, step.predictor.width
+    return {
+        "target": (wide, step.patches),
+        "context": (wide, tokens.context),
+        "predictor": (narrow, tokens.pairs),
+        "loss": (wide, tokens.predicted),
+        "optimizer": (step.models.parameters, 1.0),
+    }[part]
+
+
+def _measured(
+    machine: dict[str, Any], row: dict[str, Any], known: dict[tuple, tuple[Config, Models]], source: str
+) -> Measured:
+    label = f"{source}: row {row['row']!r}"
+    for key, kind in NEEDED.items():
+        if not isinstance(row.get(key), (int, float) if kind is float else kind):
+            raise ValueError(f"{label}: {key} is {row.get(key)!r}, and must be {kind.__name__}; run the suite again")
+    missing = [part for part in PARTS if not row["parts_ms"].get(part)]
+    if missing or row["ms"] <= 0 or min(row["context_tokens"], row["target_tokens"], row["batch"]) <= 0:
+        raise ValueError(f"{label}: no positive time or size of {', '.join(missing) or 'it'}; run the suite again")
+    name, _, patch = row["model"].partition("/")
+    key = (row["model"], row["pixels"], row["predictor_depth"], row["predictor_width"], row["npred"])
+    if key not in known:
+        tree = {
+            "data": {"root_path": ".", "crop_size": row["pixels"]},
+            "mask": {"patch_size": int(patch) if patch.isdigit() else patch, "num_pred_masks": row["npred"]},
+            "meta": {
+                "model_name": name, "pred_depth": row["predictor_depth"], "pred_emb_dim": row["predictor_width"]
+            },
+            "logging": {"folder": "."},
+        }  # fmt: skip
+        config = parse_config(tree, label)
+        try:
+            known[key] = config, Models.build(config)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+    config, models = known[key]
+    drawn = draw(config, row["batch"], row["row"].endswith("ragged"))
+    batch = drawn.mean.scaled(row["context_tokens"] / drawn.context, row["target_tokens"] / drawn.target)
+    step = Step(models, batch, ROWS[row["row"]], AUTOCAST if row["dtype"] == "bf16" else FP32)
+    roof = _roof(machine, label)
+    joules = row.get("joules_per_1000_images")
+    return Measured(
+        device=_device({"machine": machine}),
+        kind=str(machine.get("kind")),
+        chip=machine.get("chip"),
+        peak=roof[0],
+        bandwidth=roof[1],
+        row=row["row"],
+        model=row["model"],
+        batch=row["batch"],
+        dtype=row["dtype"],
+        step=step,
+        ms=row["ms"],
+        parts_ms={part: float(row["parts_ms"][part]) for part in PARTS},
+        watts=joules * row["batch"] / row["ms"] if joules else None,  # joules a 1000 images, ms a batch
+    )
+
+
+def _roof(machine: dict[str, Any], label: str) -> tuple[float, float]:
+    if machine.get("chip"):
+        found: Chip = chip(machine["chip"])
+        return found.flops, found.bandwidth
+    rates = machine.get("matmul_rate"), machine.get("copy_bandwidth")
+    if not all(isinstance(rate, float | int) and rate > 0 for rate in rates):
+        raise ValueError(f"{label}: its machine has no matmul_rate and copy_bandwidth; run the suite again")
+    return float(rates[0]), float(rates[1])  # type: ignore[arg-type]
+
+
+def _device(run: dict[str, Any]) -> str:
+    machine = run["machine"]
+    threads = f", {machine.get('threads')} threads" if machine.get("kind") == "cpu" else ""
+    return f"{machine.get('device', 'an unnamed device')}{threads}"

@@ -1,0 +1,98 @@
+"""What a step holds in a GPU's memory at most, by count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fastjepa.plan.cost import INDEX, WIDE, Step
+from fastjepa.plan.layers import Shape
+from fastjepa.plan.work import Batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        state: what stays between steps: parameters, target, moments. gradients: of all parameters.
+        copies: parameters cast to the branches' precision, kept for the backward pass. activations: kept for it too.
+        workspace: of the operation that needs most beside them. update: what the optimizer makes beside its state.
+    """
+
+    state: float
+    gradients: float
+    copies: float
+    activations: float
+    workspace: float
+    update: float
+
+    @property
+    def peak(self) -> float:
+        """At most at once: as the backward pass begins, or, with every gradient there, as the optimizer steps."""
+        return self.state + max(self._backward, self._update)
+
+    @property
+    def at_backward(self) -> bool:
+        """Whether that is as the backward pass begins."""
+        return self._backward >= self._update
+
+    @property
+    def _backward(self) -> float:
+        return self.copies + self.activations + self.workspace
+
+    @property
+    def _update(self) -> float:
+        return self.gradients + self.update
+
+
+def memory(step: Step) -> Memory:
+    """Of a step, without what the allocator loses and CUDA itself takes."""
+    models, precision = step.models, step.precision
+    count = models.parameters
+    return Memory(
+        state=WIDE * (3 * count + models.encoder_parameters),
+        gradients=WIDE * count,
+        copies=precision.branch * count if precision.mixed else 0,
+        activations=activations(step),
+        workspace=workspace(step),
+        update=WIDE * count if step.implementation == "eager" else 0,  # the root of the second moments
+    )
+
+
+def largest(step: Step, batches: Iterable[Batch]) -> Memory:
+    """Of the batch whose step holds most."""
+    return max((memory(replace(step, batch=batch)) for batch in batches), key=lambda found: found.peak)
+
+
+def activations(step: Step) -> float:
+    """Bytes of the images, and of what the forward pass kept of them for the backward pass."""
+    tokens, flops, (stream, branch) = step.batch.tokens, step.models.flops, step.precision
+    wide, narrow, predicted = step.encoder, step.predictor, tokens.predicted
+    kept = flops.encoder.layers * step.layer.bytes("kept", wide, tokens.context, tokens.context_squares, step.precision)
+    pairs = tokens.pairs, tokens.pair_squares, step.precision
+    kept += (flops.predictor.layers - 1) * step.layer.bytes("kept", narrow, *pairs)
+    kept += step.layer.bytes("kept", narrow, *pairs, predicted if step.ours else None)
+    # Inputs of the last norms, and of the products behind them.
+    kept += wide.width * (stream + branch) * tokens.context
+    kept += narrow.width * (stream * (predicted if step.ours else tokens.pairs) + branch * predicted)
+    kept += WIDE * flops.patch_values * step.patches
+    if step.ours:
+        kept += branch * flops.patch_values * tokens.context  # visible patches
+        kept += wide.width * (stream * step.batch.kept + branch * predicted)  # features; what the loss keeps
+        return kept + 2 * INDEX * tokens.pairs
+    kept += branch * flops.patch_values * step.patches if step.precision.mixed else 0
+    kept += wide.width * (stream * step.patches + 2 * WIDE * predicted)  # embedded patches; prediction and features
+    return kept + (INDEX * wide.width * tokens.context if step.implementation == "eager" else 0)
+
+
+def workspace(step: Step) -> float:
+    """Gradients that the backward pass of a layer has at once: of the stream, twice, and of the MLP's hidden width."""
+    tokens, (stream, branch) = step.batch.tokens, step.precision
+
+    def of(shape: Shape, count: float, squares: float) -> float:
+        weights = 2 * WIDE * shape.heads * squares if step.implementation == "eager" else 0
+        return shape.width * count * (2 * stream + 2 * branch * shape.mlp_ratio) + weights
+
+    encoder = of(step.encoder, tokens.context, tokens.context_squares)
+    return max(encoder, of(step.predictor, tokens.pairs, tokens.pair_squares))

@@ -1,0 +1,112 @@
+"""Seconds of a step's parts, from what of the roof they reach, and of the gradients' all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastjepa.chips import Chip
+from fastjepa.plan import assumed
+from fastjepa.plan.assumed import Fraction
+from fastjepa.plan.cost import PARTS, WIDE, Step
+from fastjepa.plan.measured import Measured, mean_fraction, nearest
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step on one GPU. `efficiency`: floor over seconds; floor: at the whole of the roof."""
+
+    flops: float
+    bytes: float
+    floor_seconds: float
+    efficiency: float
+    seconds: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Communication:
+    """The all-reduce of a step's gradients.
+
+    Attributes:
+        gradient_bytes: of all gradients. bytes_per_gpu: that each GPU sends. link: which one is the slowest.
+        link_bytes_per_second: of it, that an all-reduce reaches. seconds: of the all-reduce alone.
+        hidden_behind: seconds of the encoder's backward pass, in which its gradients come. exposed_seconds: that it
+            adds to a step. hides: whether no more of it shows than its last bucket. needed_bytes_per_second: of the
+            link, for that.
+    """
+
+    gradient_bytes: float
+    bytes_per_gpu: float
+    link: str
+    link_bytes_per_second: float
+    seconds: float
+    hidden_behind: float
+    exposed_seconds: float
+    hides: bool
+    needed_bytes_per_second: float
+    basis: str
+
+
+def parts(step: Step, peak: float, bandwidth: float, fractions: Mapping[str, Fraction]) -> dict[str, Part]:
+    """Each part at its fraction of the roof."""
+    found = {}
+    for name, cost in step.costs().items():
+        floor, fraction = cost.seconds(peak, bandwidth), fractions[name]
+        seconds = floor / fraction.value
+        found[name] = Part(cost.flops.total, cost.bytes, floor, fraction.value, seconds, fraction.source)
+    return found
+
+
+def fractions_of(rows: Sequence[Measured], step: Step, row: str, carried: str = "") -> dict[str, Fraction]:
+    """What the parts of `step` reach by the measured rows that are most like it."""
+    found = {}
+    for part in PARTS:
+        near = nearest(rows, step, part, row)
+        more = f" and {len(near) - 1} more" if len(near) > 1 else ""
+        found[part] = Fraction(mean_fraction(near, part), f"measured: {near[0]}{more}{carried}")
+    return found
+
+
+def gpu_fractions(measured: Sequence[Measured], step: Step, row: str, chip: Chip) -> dict[str, Fraction]:
+    """What the parts of `step` reach on a GPU: measured on it, else on another one, else assumed; never on a CPU."""
+    rows = [m for m in measured if m.kind == "cuda" and m.chip and m.implementation == step.implementation]
+    own = [m for m in rows if m.chip == chip.name]
+    if rows:
+        return fractions_of(own or rows, step, row, "" if own else f"; carried over to {chip.name}")
+    return dict.fromkeys(PARTS, assumed.fraction(step.implementation, chip.name))
+
+
+def communication(
+    step: Step, chip: Chip, gpus: int, per_node: int, found: Mapping[str, Part], network: float | None = None
+) -> Communication:
+    """Gradients in fp32, in rings over all GPUs, each of which crosses the slowest link once each way.
+
+    network: bytes a second that leave a node, each way; None takes the assumed one.
+    """
+    gradients = WIDE * step.models.parameters
+    moved = 2 * (gpus - 1) / gpus * gradients
+    behind = assumed.BACKWARD_SHARE.value * found["context"].seconds
+    if gpus == 1:
+        return Communication(gradients, 0, "none", 0, 0, behind, 0, True, 0, "counted: one GPU sends nothing")
+    link, rate, source = f"{chip.name}'s link within a node", chip.link, chip.source
+    outside = assumed.NETWORK[chip.name].value if network is None else network
+    if gpus > per_node and outside < rate:
+        link, rate = "the network between nodes", outside
+        source = "given: --network-gb-per-s" if network is not None else f"assumed: {assumed.NETWORK[chip.name].source}"
+    reached = assumed.LINK_SHARE.value * rate
+    last = min(1.0, assumed.BUCKET.value / gradients)
+    seconds = moved / reached
+    exposed = max(last * seconds, seconds - behind)
+    return Communication(
+        gradient_bytes=gradients,
+        bytes_per_gpu=moved,
+        link=link,
+        link_bytes_per_second=reached,
+        seconds=seconds,
+        hidden_behind=behind,
+        exposed_seconds=exposed,
+        hides=exposed <= last * seconds,
+        needed_bytes_per_second=moved / behind,
+        basis=f"assumed: no step on several GPUs was measured; {assumed.LINK_SHARE.value:.0%} of {link} ({source})",
+    )

@@ -1,0 +1,141 @@
+"""What a step has to work on: the models as numbers, and the tokens that masks leave of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from fastjepa.config import Config
+from fastjepa.flops import StepFlops, Tokens
+from fastjepa.masks import MaskCollator
+from fastjepa.nn import Block
+from fastjepa.objective import IJEPA
+from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
+from fastjepa.training.models import build_models, step_flops
+
+SEED = 0
+SHOWN = 25_600  # images whose masks are drawn for an average
+FEWEST, MOST = 20, 400  # batches
+
+
+@dataclass(frozen=True)
+class Models:
+    """Encoder and predictor as numbers.
+
+    Attributes:
+        flops: their widths, depths and patches. heads: of the encoder and of the predictor.
+        encoder_parameters, predictor_parameters: those that are trained; the target encoder has as many as the encoder.
+    """
+
+    flops: StepFlops
+    heads: int
+    predictor_heads: int
+    encoder_parameters: int
+    predictor_parameters: int
+
+    @classmethod
+    def of(cls, model: IJEPA) -> Models:
+        """Those of a model, on any device."""
+        encoder, predictor = model.encoder, model.predictor
+        counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (encoder, predictor)]
+        block = predictor.predictor_blocks[0]
+        assert isinstance(block, Block)
+        return cls(step_flops(model), encoder.num_heads, block.attn.num_heads, *counts)
+
+    @classmethod
+    def build(cls, config: Config) -> Models:
+        """Those of a configuration; nothing is allocated.
+
+        Raises:
+            ValueError: an unknown model, or sizes that do not go together.
+        """
+        with torch.device("meta"):
+            return cls.of(build_models(config))
+
+    @property
+    def parameters(self) -> int:
+        """All that are trained."""
+        return self.encoder_parameters + self.predictor_parameters
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of a batch, and `kept`: its images' patches that lie in some target."""
+
+    tokens: Tokens
+    kept: float
+
+    def scaled(self, context: float, target: float) -> Batch:
+        """With so many times the tokens in each context and each target."""
+        t = self.tokens
+        pairs = context * (t.pairs - t.predicted) + target * t.predicted
+        tokens = replace(
+            t,
+            context=context * t.context,
+            target=target * t.target,
+            pairs=pairs,
+            predicted=target * t.predicted,
+            context_squares=context**2 * t.context_squares,
+            pair_squares=(pairs / t.pairs) ** 2 * t.pair_squares,
+        )
+        return Batch(tokens, target * self.kept)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of one size, and their mean.
+
+    Attributes:
+        context: tokens of an image's contexts, on average. target: of one of its targets.
+    """
+
+    drawn: tuple[Batch, ...]
+    mean: Batch
+    context: float
+    target: float
+
+    @property
+    def count(self) -> int:
+        """Of batches drawn."""
+        return len(self.drawn)
+
+
+def draw(config: Config, batch_size: int, ragged: bool, count: int | None = None) -> Batches:
+    """Masks of `count` batches, always the same ones (as many as show `SHOWN` images, unless given).
+
+    Raises:
+        ValueError: settings that admit no mask.
+    """
+    count = count or min(MOST, max(FEWEST, SHOWN // batch_size))
+    batches = tuple(_drawn(config, batch_size, ragged, count))
+    mean = Batch(
+        Tokens(*(sum(getattr(b.tokens, f.name) for b in batches) / count for f in fields(Tokens))),
+        sum(b.kept for b in batches) / count,
+    )
+    targets = batch_size * config.mask.num_pred_masks
+    return Batches(batches, mean, mean.tokens.context / batch_size, mean.tokens.target / targets)
+
+
+def _drawn(config: Config, batch_size: int, ragged: bool, count: int) -> Iterator[Batch]:
+    mask, pixels = config.mask, config.data.crop_size
+    collator = MaskCollator(
+        (pixels, pixels),
+        mask.patch_size,
+        mask.enc_mask_scale,
+        mask.pred_mask_scale,
+        mask.aspect_ratio,
+        mask.num_enc_masks,
+        mask.num_pred_masks,
+        mask.min_keep,
+        mask.allow_overlap,
+        ragged,
+    )
+    for number in range(count):
+        masks = collator.sample(batch_size, [SEED, number])
+        patches = collator.height * collator.width
+        targets = masks[1] if isinstance(masks[1], Ragged) else masks_to_ragged(masks[1])
+        named = torch.zeros(batch_size * patches, dtype=torch.bool)
+        named[image_rows(targets, batch_size, patches)] = True
+        yield Batch(Tokens.of(batch_size, *masks), float(named.sum()))
