@@ -108,9 +108,9 @@ class VisionTransformerPredictor(nn.Module):
         context = self.predictor_embed(context)
         # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions.
         context = context.to(torch.promote_types(context.dtype, positions.dtype))
-        # The first block's norm1 and QKV of a context are the same for each of its targets. Shared, they would take 0.1 %
-        # off a step's FLOPs and put 3.4 MB an image on gathers and sums of 3 D wide rows (ViT-H/14 ragged, by count):
-        # at most 0.04 % of the step won on an A100, nothing on an H100.
+        # The first block's norm1 and QKV of a context are the same for each of its targets. Shared, they would take
+        # 0.1 % off a step's FLOPs and put 3.4 MB an image on gathers and sums of rows 3 D wide (ViT-H/14 ragged, by
+        # count): at most 0.04 % of the step won on an A100, nothing on an H100.
         x = ops.assemble_predictor(context, self.mask_token.view(-1), positions, layout.source, layout.patches)
         last = len(self.predictor_blocks) - 1
         for depth, block in enumerate(self.predictor_blocks):
