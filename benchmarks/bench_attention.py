@@ -2,102 +2,197 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.operations import Operation, Peer, Sizes, exactly, forward, missing, offsets_of, with_gradients
+from benchmarks.operations import Operation, Sizes, both, compiled, exactly, offsets_of
+from benchmarks.peers import peers
 from fastjepa import ops
 from fastjepa.kernels.attention import attention_cost
-from fastjepa.kernels.launch import Cost
 from fastjepa.kernels.reference import ragged_attention_ref
+
+Attend = Callable[[Tensor], Tensor]  # qkv [T, 3, H, d] -> [T, H, d]
 
 
 def operations(sizes: Sizes) -> list[Operation]:
     """Forward and backward on contexts and on the predictor's sequences; forward on whole images."""
+    torch.manual_seed(0)
     context = sizes.lengths(sizes.context, sizes.spread, sizes.images)
     pairs = [n + sizes.target for n in context for _ in range(4)]
-    found = [
+    return [
         _operation(sizes, "context", context, sizes.heads, sizes.width, True),
         _operation(sizes, "predictor", pairs, sizes.predictor_heads, sizes.predictor_width, True),
         _operation(sizes, "target", [sizes.patches] * sizes.images, sizes.heads, sizes.width, False),
     ]
-    return found
 
 
 def _operation(sizes: Sizes, what: str, lengths: list[int], heads: int, width: int, backward: bool) -> Operation:
-    head_dim, longest = width // heads, max(lengths)
-    qkv = sizes.randn(sum(lengths), 3, heads, head_dim)
-    offsets = offsets_of(lengths, sizes.device)
-    upstream = [sizes.randn(sum(lengths), heads, head_dim)] if backward else []
-    cost = attention_cost(lengths, heads, head_dim, qkv.element_size())
-    if backward:
-        back = attention_cost(lengths, heads, head_dim, qkv.element_size(), backward=True)
-        cost = Cost(cost.bytes + back.bytes, cost.flops + back.flops, cost.launches + back.launches)
-
-    def peer(name: str, attend: Callable[[Tensor], Tensor], absent: str | None = None) -> Peer:
-        if backward:
-            return Peer(name, lambda: with_gradients(attend, [qkv], upstream), absent)
-        return Peer(name, lambda: forward(attend, [qkv]), absent)
-
-    def ragged(backend: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: ops.ragged_attention(x, offsets, longest, backend=backend)
-
-    cuda = sizes.device.type == "cuda"
-    no_gpu = None if cuda else "needs CUDA"
-    peers = [
-        peer("torch SDPA, padded", ragged("reference")),
-        peer("eager, weights written out", partial(_math, offsets=offsets, longest=longest)),
-        peer("torch varlen (flash)", ragged("sdpa"), no_gpu),
-        peer("torch nested SDPA", partial(_nested, offsets=offsets, longest=longest, lengths=lengths)),
-        peer("torch FlexAttention", _flex(offsets, sum(lengths)) if cuda else ragged("reference"), no_gpu),
-        peer("flash-attn", ragged("flash-attn"), no_gpu or missing("flash_attn")),
-        peer("xformers", ragged("xformers"), no_gpu or missing("xformers")),
-        peer("fastjepa", ragged("auto")),
-    ]
-    exact = exactly(lambda x: ragged_attention_ref(x, offsets, longest), [qkv], upstream)
-    mean = sum(lengths) / len(lengths)
+    head_dim, packed = width // heads, Packed(lengths, offsets_of(lengths, sizes.device))
+    qkv = sizes.randn(packed.total, 3, heads, head_dim)
+    upstream = [sizes.randn(packed.total, heads, head_dim)] if backward else []
+    directions = (False, True) if backward else (False,)
+    cost = both(*(attention_cost(lengths, heads, head_dim, qkv.element_size(), back) for back in directions))
+    found = {
+        "torch SDPA": lambda: packed.padded,
+        "eager, as published": lambda: packed.eager,
+        "torch.compile": lambda: compiled(packed.eager),
+        "torch SDPA flash, padded": lambda: _forced(packed.padded, SDPBackend.FLASH_ATTENTION),
+        "torch SDPA flash, nested": lambda: _forced(packed.nested, SDPBackend.FLASH_ATTENTION),
+        "torch SDPA cuDNN, padded": lambda: _forced(packed.padded, SDPBackend.CUDNN_ATTENTION),
+        "torch SDPA cuDNN, nested": lambda: _forced(packed.nested, SDPBackend.CUDNN_ATTENTION),
+        "torch SDPA efficient, padded": lambda: _forced(packed.padded, SDPBackend.EFFICIENT_ATTENTION),
+        "torch SDPA efficient, nested": lambda: _forced(packed.nested, SDPBackend.EFFICIENT_ATTENTION),
+        "torch SDPA math, padded": lambda: _forced(packed.padded, SDPBackend.MATH),
+        "torch nested tensors": lambda: packed.nested,
+        "torch varlen": packed.varlen,
+        "torch FlexAttention": lambda: packed.flex(kept=False),
+        "torch FlexAttention, mask kept": lambda: packed.flex(kept=True),
+        "flash-attn 2": packed.flash2,
+        "flash-attn 3": packed.flash3,
+        "flash-attn 4": packed.flash4,
+        "xformers": packed.xformers,
+        "fastjepa": lambda: lambda qkv: ops.ragged_attention(qkv, packed.offsets, packed.longest),
+    }
+    exact = exactly(packed.padded, [qkv], upstream)
+    mean = packed.total / len(lengths)
     case = f"{what}: {len(lengths)} sequences of {mean:.0f}, {heads} heads of {head_dim}"
-    return Operation("attention fwd+bwd" if backward else "attention fwd", case, cost, exact, peers)
+    name = "attention fwd+bwd" if backward else "attention fwd"
+    return Operation(name, case, cost, exact, peers(found, [qkv], upstream))
 
 
-def _math(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Padded to the longest, the weights of the batch written out, as eager code does it."""
-    total, _, _, head_dim = qkv.shape
-    steps = torch.arange(longest, device=qkv.device)
-    valid = steps < offsets.diff().view(-1, 1)  # [S, L]
-    places = (offsets[:-1].view(-1, 1) + steps).clamp(max=total - 1)
-    q, k, v = qkv[places].permute(2, 0, 3, 1, 4).unbind(0)  # [S, H, L, d]
-    scores = (q @ k.transpose(2, 3) * head_dim**-0.5).masked_fill(~valid[:, None, None, :], float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2)[valid]
-
-
-def _nested(qkv: Tensor, offsets: Tensor, longest: int, lengths: Sequence[int]) -> Tensor:
-    q, k, v = (
-        torch.nested.nested_tensor_from_jagged(
-            x.contiguous(), offsets.long(), min_seqlen=min(lengths), max_seqlen=longest
-        )
-        for x in qkv.unbind(1)
-    )
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).values()
-
-
-def _flex(offsets: Tensor, total: int) -> Callable[[Tensor], Tensor]:
-    """One sequence of all tokens under a block mask; made at every call, since lengths change at every step."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    attend = torch.compile(flex_attention)
-    make = torch.compile(create_block_mask)
-    count = torch.arange(total, device=offsets.device)
+def _forced(attend: Attend, backend: SDPBackend) -> Attend:
+    """With one backend of scaled_dot_product_attention; torch raises where it does not take the inputs."""
 
     def run(qkv: Tensor) -> Tensor:
-        document = torch.searchsorted(offsets, count, right=True)
-        mask = make(lambda b, h, q, k: document[q] == document[k], None, None, total, total, device=qkv.device)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv.unbind(1))
-        return attend(q, k, v, block_mask=mask).squeeze(0).transpose(0, 1)
+        with sdpa_kernel(backend):
+            return attend(qkv)
 
     return run
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences packed back to back, and the ways that others attend within each of them.
+
+    Those that import give the function when they are called; the others are the function.
+    """
+
+    lengths: list[int]
+    offsets: Tensor
+
+    @property
+    def total(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return max(self.lengths)
+
+    def padded(self, qkv: Tensor) -> Tensor:
+        """Padded to the longest and masked, or a plain batch where all are equally long; backend as torch likes."""
+        return ragged_attention_ref(qkv, self.offsets, self.longest)
+
+    def eager(self, qkv: Tensor) -> Tensor:
+        """Padded to the longest, the weights written out, their softmax in fp32, as under autocast."""
+        head_dim = qkv.shape[3]
+        steps = torch.arange(self.longest, device=qkv.device)
+        valid = steps < self.offsets.diff().view(-1, 1)  # [S, L]
+        places = (self.offsets[:-1].view(-1, 1) + steps).clamp(max=self.total - 1)
+        q, k, v = qkv[places].permute(2, 0, 3, 1, 4).unbind(0)  # [S, H, L, d]
+        scores = (q @ k.transpose(2, 3) * head_dim**-0.5).masked_fill(~valid[:, None, None, :], float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        return (weights @ v).transpose(1, 2)[valid]
+
+    def nested(self, qkv: Tensor) -> Tensor:
+        """As nested (jagged) tensors, which take contiguous queries, keys and values."""
+        shortest, longest = min(self.lengths), self.longest
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(
+                x.contiguous(), self.offsets.long(), min_seqlen=shortest, max_seqlen=longest
+            ).transpose(1, 2)
+            for x in qkv.unbind(1)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()
+
+    def varlen(self) -> Attend:
+        """torch.nn.attention.varlen."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.unbind(1)
+            return _first(varlen_attn(q, k, v, self.offsets, self.offsets, self.longest, self.longest))
+
+        return run
+
+    def flex(self, kept: bool) -> Attend:
+        """One sequence of all tokens under a block mask; made once if `kept`, else at every call."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        attend, make = torch.compile(flex_attention), torch.compile(create_block_mask)
+        count = torch.arange(self.total, device=self.offsets.device)
+
+        def mask():
+            document = torch.searchsorted(self.offsets, count, right=True)
+            total, device = self.total, str(self.offsets.device)
+            return make(lambda b, h, q, k: document[q] == document[k], None, None, total, total, device=device)
+
+        once = mask() if kept else None
+
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv.unbind(1))
+            return _first(attend(q, k, v, block_mask=mask() if once is None else once)).squeeze(0).transpose(0, 1)
+
+        return run
+
+    def flash2(self) -> Attend:
+        """FlashAttention-2, on packed queries, keys and values."""
+        from flash_attn.flash_attn_interface import (  # type: ignore[import-not-found]
+            flash_attn_varlen_qkvpacked_func,
+        )
+
+        return lambda qkv: flash_attn_varlen_qkvpacked_func(qkv, self.offsets, self.longest)
+
+    def flash3(self) -> Attend:
+        """FlashAttention-3; some versions give the logsumexp with it."""
+        from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        return lambda qkv: _first(
+            flash_attn_varlen_func(*qkv.unbind(1), self.offsets, self.offsets, self.longest, self.longest)
+        )
+
+    def flash4(self) -> Attend:
+        """FlashAttention-4, which gives the logsumexp with it."""
+        from flash_attn.cute import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        given = {"cu_seqlens_q": self.offsets, "cu_seqlens_k": self.offsets}
+        given |= {"max_seqlen_q": self.longest, "max_seqlen_k": self.longest}
+        return lambda qkv: _first(flash_attn_varlen_func(*qkv.unbind(1), **given))
+
+    def xformers(self) -> Attend:
+        """One sequence of all tokens under a mask that knows the lengths."""
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask  # type: ignore[import-not-found]
+
+        mask = BlockDiagonalMask.from_seqlens(self.lengths, device=self.offsets.device)
+
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.unsqueeze(0).unbind(2)
+            return memory_efficient_attention(q, k, v, attn_bias=mask).squeeze(0)
+
+        return run
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_attention(timed):
+    """A peer of a case, right and then timed by pytest-benchmark."""
+    timed()

@@ -1,4 +1,4 @@
-"""EMA of a whole model, and AdamW with it, and their peers."""
+"""The EMA of a whole encoder, and its peers."""
 
 from __future__ import annotations
 
@@ -8,56 +8,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operations import Operation, Peer, Run, Sizes, missing
+from benchmarks.operations import Operation, Run, Sizes, compiled
+from benchmarks.peers import peer
 from fastjepa import VisionTransformer
-from fastjepa.kernels.ema import ema_cost
-from fastjepa.kernels.launch import Cost
-from fastjepa.nn import Block
+from fastjepa.kernels.ema import MultiTensorEMA, ema_cost
 from fastjepa.ops import ema_update_
-from fastjepa.optim import AdamWEMA
 
-MOMENTUM, LR, DECAY = 0.996, 1e-3, 0.05
+MOMENTUM = 0.996
 
 
 def operations(sizes: Sizes) -> list[Operation]:
     """Over every trained parameter of the encoder, in fp32."""
-    with torch.device("meta"):
-        patch = 14 if sizes.width == 1280 else 16
-        model = VisionTransformer([224], patch, embed_dim=sizes.width, depth=sizes.layers, num_heads=sizes.heads)
-    assert any(isinstance(block, Block) for block in model.blocks)
-    torch.manual_seed(0)
-    shapes = [p.shape for p in model.parameters() if p.requires_grad]
-    params, targets, grads = ([sizes.randn(*shape, dtype=torch.float32) for shape in shapes] for _ in range(3))
-    return [_ema(targets, params), _adamw(params, targets, grads)]
+    targets, sources = weights(sizes, 2)
 
-
-def _ema(targets: list[Tensor], sources: list[Tensor]) -> Operation:
     def exact() -> list[Tensor]:
         return [MOMENTUM * t.double() + (1 - MOMENTUM) * s.double() for t, s in zip(targets, sources, strict=True)]
 
-    def loop(ours: list[Tensor]) -> None:
-        for t, s in zip(ours, sources, strict=True):
-            t.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * s)
-
-    def mul_add(ours: list[Tensor]) -> None:
-        torch._foreach_mul_(ours, MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(ours, sources, alpha=1.0 - MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
-
-    updates = {
-        "torch foreach_lerp": lambda ours: _lerp(ours, sources),
-        "eager, as published": loop,
-        "torch foreach mul, add": mul_add,
-        "fastjepa": lambda ours: ema_update_(ours, sources, MOMENTUM),
+    makers = {
+        "torch foreach_lerp": lambda: _in_place(lambda ours: lerp(ours, sources), targets),
+        "eager, as published": lambda: _in_place(lambda ours: loop(ours, sources), targets),
+        "torch foreach mul, add": lambda: _in_place(lambda ours: _mul_add(ours, sources), targets),
+        "torch.compile": lambda: _in_place(compiled(lambda ours: lerp(ours, sources), dynamic=False), targets),
+        "torch AveragedModel": lambda: _averaged_model(targets, sources),
+        "timm ModelEmaV3": lambda: _timm(targets, sources),
+        "apex multi_tensor_axpby": lambda: _apex(targets, sources),
+        "fastjepa": lambda: _in_place(lambda ours: ema_update_(ours, sources, MOMENTUM), targets),
+        "fastjepa, tables kept": lambda: _tables_kept(targets, sources),
     }
-    peers = [Peer(name, lambda f=update: _in_place(f, targets)) for name, update in updates.items()]
-    peers.insert(3, Peer("timm ModelEmaV3", lambda: _timm(targets, sources), missing("timm")))
-    if all(t.is_cuda for t in targets):
-        peers.insert(4, Peer("fastjepa, tables kept", lambda: _kept(targets, sources)))
-    return Operation("EMA", _case(targets), ema_cost(targets, sources), exact, peers)
+    found = [peer(name, make, sizes.device) for name, make in makers.items()]
+    return [Operation("EMA", case(targets), ema_cost(targets, sources), exact, found)]
 
 
-def _lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+def weights(sizes: Sizes, count: int) -> list[list[Tensor]]:
+    """`count` lists of random tensors in the shapes of the encoder's trained parameters, fp32."""
+    with torch.device("meta"):
+        patch = 14 if sizes.width == 1280 else 16
+        model = VisionTransformer([224], patch, embed_dim=sizes.width, depth=sizes.layers, num_heads=sizes.heads)
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    return [[sizes.randn(*shape, dtype=torch.float32) for shape in shapes] for _ in range(count)]
+
+
+def case(tensors: list[Tensor]) -> str:
+    """What they are, in a few words."""
+    return f"{sum(t.numel() for t in tensors) / 1e6:.0f} M parameters in {len(tensors)} tensors, fp32"
+
+
+@torch.no_grad()
+def lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Of the whole lists in one call."""
     torch._foreach_lerp_(targets, sources, 1.0 - MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def loop(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Parameter by parameter, as the official code does it."""
+    for t, s in zip(targets, sources, strict=True):
+        t.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * s)
+
+
+def _mul_add(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_mul_(targets, MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(targets, sources, alpha=1.0 - MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _in_place(update: Callable[[list[Tensor]], Any], targets: list[Tensor]) -> Run:
@@ -71,10 +83,7 @@ def _in_place(update: Callable[[list[Tensor]], Any], targets: list[Tensor]) -> R
     return run
 
 
-def _kept(targets: list[Tensor], sources: list[Tensor]) -> Run:
-    """As IJEPA.update_target does it: the tables of pointers made once."""
-    from fastjepa.kernels.ema import MultiTensorEMA
-
+def _tables_kept(targets: list[Tensor], sources: list[Tensor]) -> Run:
     ours = [t.clone() for t in targets]
     tables = MultiTensorEMA(ours, sources)
 
@@ -85,10 +94,29 @@ def _kept(targets: list[Tensor], sources: list[Tensor]) -> Run:
     return run
 
 
-def _timm(targets: list[Tensor], sources: list[Tensor]) -> Run:
-    from timm.utils import ModelEmaV3  # type: ignore[import-not-found]
+def _models(*lists: list[Tensor]) -> list[torch.nn.ParameterList]:
+    return [torch.nn.ParameterList([torch.nn.Parameter(x.clone()) for x in tensors]) for tensors in lists]
 
-    model, ema = (torch.nn.ParameterList([torch.nn.Parameter(x.clone()) for x in some]) for some in (sources, targets))
+
+def _averaged_model(targets: list[Tensor], sources: list[Tensor]) -> Run:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, ema = _models(sources, targets)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
+    averaged.module.load_state_dict(ema.state_dict())
+    averaged.n_averaged.fill_(1)  # at 0 the first update would be a copy
+
+    def run() -> list[Tensor]:
+        averaged.update_parameters(model)
+        return list(averaged.module.parameters())
+
+    return run
+
+
+def _timm(targets: list[Tensor], sources: list[Tensor]) -> Run:
+    from timm.utils.model_ema import ModelEmaV3  # type: ignore[import-not-found]
+
+    model, ema = _models(sources, targets)
     averaged = ModelEmaV3(model, decay=MOMENTUM)
     averaged.module.load_state_dict(ema.state_dict())
 
@@ -99,75 +127,20 @@ def _timm(targets: list[Tensor], sources: list[Tensor]) -> Run:
     return run
 
 
-def _adamw(params: list[Tensor], targets: list[Tensor], grads: list[Tensor]) -> Operation:
-    """AdamW and then the EMA of its parameters, from fresh moments."""
+def _apex(targets: list[Tensor], sources: list[Tensor]) -> Run:
+    """t = momentum * t + (1 - momentum) * s, both looked at for infinities, as apex does by itself."""
+    import amp_C  # type: ignore[import-not-found]
+    from apex.multi_tensor_apply import multi_tensor_applier  # type: ignore[import-not-found]
 
-    def exact() -> list[Tensor]:
-        found = []
-        for p, g in zip(params, grads, strict=True):
-            p, g = p.double(), g.double()
-            found.append(p * (1 - LR * DECAY) - LR * g / (g.abs() + 1e-8))  # the first step, its bias corrected
-        return [*found, *(MOMENTUM * t.double() + (1 - MOMENTUM) * p for t, p in zip(targets, found, strict=True))]
+    found_inf = torch.zeros(1, dtype=torch.int32, device=targets[0].device)
 
-    def torchs(average: Callable[[list[Tensor], list[Tensor]], Any], fused: bool | None = None) -> Run:
-        ours, averaged = _leaves(params, grads), [t.clone() for t in targets]
-        optimizer = torch.optim.AdamW(ours, lr=LR, weight_decay=DECAY, fused=fused)
+    def update(ours: list[Tensor]) -> None:
+        lists = [ours, sources, ours]
+        multi_tensor_applier(amp_C.multi_tensor_axpby, found_inf, lists, MOMENTUM, 1.0 - MOMENTUM, -1)
 
-        def run() -> list[Tensor]:
-            optimizer.step()
-            with torch.no_grad():
-                average(averaged, ours)
-            return [*ours, *averaged]
-
-        return run
-
-    def loop(averaged: list[Tensor], ours: list[Tensor]) -> None:
-        for t, p in zip(averaged, ours, strict=True):
-            t.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * p)
-
-    def ours() -> Run:
-        mine, averaged = _leaves(params, grads), [t.clone() for t in targets]
-        optimizer = AdamWEMA(mine, lr=LR, weight_decay=DECAY, target_params=averaged, momentum=MOMENTUM)
-        if not mine[0].is_cuda:
-            optimizer.param_groups[0]["fused"] = True  # as training has it
-
-        def run() -> list[Tensor]:
-            optimizer.step()
-            return [*mine, *averaged]
-
-        return run
-
-    def apex() -> Run:
-        from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
-
-        mine, averaged = _leaves(params, grads), [t.clone() for t in targets]
-        optimizer = FusedAdam(mine, lr=LR, weight_decay=DECAY, adam_w_mode=True)
-
-        def run() -> list[Tensor]:
-            optimizer.step()
-            with torch.no_grad():
-                _lerp(averaged, mine)
-            return [*mine, *averaged]
-
-        return run
-
-    no_apex = missing("amp_C") and "not installed (NVIDIA's apex)"
-    peers = [
-        Peer("torch fused AdamW, foreach_lerp", lambda: torchs(_lerp, fused=True)),
-        Peer("torch foreach AdamW, loop, as published", lambda: torchs(loop)),
-        Peer("apex FusedAdam, foreach_lerp", apex, no_apex),
-        Peer("fastjepa", ours),
-    ]
-    elements = sum(p.numel() for p in params)
-    return Operation("AdamW + EMA", _case(params), Cost(36 * elements, 19 * elements, 1), exact, peers)
+    return _in_place(update, targets)
 
 
-def _leaves(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    ours = [torch.nn.Parameter(p.clone()) for p in params]
-    for p, g in zip(ours, grads, strict=True):
-        p.grad = g.clone()
-    return list(ours)
-
-
-def _case(tensors: list[Tensor]) -> str:
-    return f"{sum(t.numel() for t in tensors) / 1e6:.0f} M parameters in {len(tensors)} tensors, fp32"
+def test_ema(timed):
+    """A peer of a case, right and then timed by pytest-benchmark."""
+    timed()

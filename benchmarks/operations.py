@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,12 +18,14 @@ Run = Callable[[], Sequence[Tensor]]
 class Peer:
     """One way to do an operation. `make` builds its own state and gives the call that is timed and that answers.
 
-    `absent` says why it cannot run here, where it cannot.
+    `absent` says why it cannot run here, where it cannot; `graph`, whether a CUDA graph may be made of it. What there
+    is to know of it stands in `benchmarks.peers`.
     """
 
     name: str
     make: Callable[[], Run]
     absent: str | None = None
+    graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Sizes:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
 
+def both(*costs: Cost) -> Cost:
+    """Of forward and backward together."""
+    return Cost(sum(c.bytes for c in costs), sum(c.flops for c in costs), sum(c.launches for c in costs))
+
+
 def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """int32 [S + 1] of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
@@ -120,12 +126,7 @@ def forward(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Run:
     return run
 
 
-def missing(module: str) -> str | None:
-    """Why a peer of that module has no row, None where it is installed."""
-    return None if find_spec(module) is not None else "not installed"
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch.compile makes it, for every token count."""
+def compiled(function: Callable[..., Any], dynamic: bool = True) -> Callable[..., Any]:
+    """As torch.compile makes it: for every token count, or for the shapes it is called with."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=dynamic)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-COLD = 512 << 20  # bytes written between two calls, so that nothing of the last one is left in a GPU's cache
+# Bytes read and written between two calls, so that nothing of the last one is left in the cache.
+COLD = {"cuda": 512 << 20, "cpu": 128 << 20}
 AHEAD = 2_000_000  # GPU cycles of waiting before a call, about a millisecond, in which the host launches all of it
+ENOUGH, SECONDS = 5, 1.0  # calls of a processor that are enough, where more would take longer than this
 
 
 class Timing(NamedTuple):
@@ -22,21 +24,28 @@ class Timing(NamedTuple):
     host: float
 
 
-def measure(call: Callable[[], Any], device: torch.device, repeats: int = 30, warmup: int = 5) -> Timing:
-    """Time `call`: with events, its inputs out of the cache, on a GPU; with the host's clock elsewhere."""
+def measure(
+    call: Callable[[], Any], device: torch.device, repeats: int = 30, warmup: int = 5, cold: bool = True
+) -> Timing:
+    """Time `call`, its inputs out of the cache if `cold`: with events on a GPU, with the host's clock elsewhere.
+
+    On a GPU the host is ahead, so that launching is in `host` and not in the time. On a processor slow calls are timed
+    fewer times than `repeats`.
+    """
     for _ in range(warmup):
         call()
+    scratch = torch.empty(COLD[device.type] if cold else 0, dtype=torch.uint8, device=device)
     times, host = [], []
     if device.type != "cuda":
-        for _ in range(repeats):
+        while len(times) < repeats and (len(times) < ENOUGH or sum(times) < SECONDS):
+            scratch.add_(1)
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
         return _summary(times, times)
-    scratch = torch.empty(COLD, dtype=torch.uint8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
     for begin, end in events:
-        scratch.zero_()
+        scratch.add_(1)
         torch.cuda._sleep(AHEAD)
         start = time.perf_counter()
         begin.record()
@@ -48,21 +57,55 @@ def measure(call: Callable[[], Any], device: torch.device, repeats: int = 30, wa
     return _summary(times, host)
 
 
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], None] | None:
+    """The replay of `call` as a CUDA graph; None on a processor, and where no graph can be made of it.
+
+    A call that waits for the device is found out before, since a capture that breaks leaves PyTorch's allocator in it.
+    """
+    if device.type != "cuda":
+        return None
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # what torch raises for either
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return graph.replay
+
+
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy too large for any cache."""
-    source = torch.empty((1 << 30) if device.type == "cuda" else (256 << 20), dtype=torch.uint8, device=device)
-    source.random_()
+    """Bytes a second, read and written, of a copy too large for any cache: the best that was seen, being a roof."""
+    count = (1 << 30) if device.type == "cuda" else (256 << 20)
+    source = torch.arange(count // 8, device=device)  # int64
     target = torch.empty_like(source)
-    return 2 * source.numel() / measure(lambda: target.copy_(source), device, repeats=10, warmup=2).median
+    return 2 * count / _best(lambda: target.copy_(source), device)
 
 
 @cache
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product, bf16 on a GPU and fp32 elsewhere."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    """FLOP/s of a large matrix product, bf16 on a GPU and fp32 elsewhere: the best that was seen, being a roof."""
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in "ab")
-    return 2 * side**3 / measure(lambda: a @ b, device, repeats=10, warmup=2).median
+    return 2 * side**3 / _best(lambda: a @ b, device)
+
+
+def _best(call: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a second of calls: what else a machine does makes it slower, never faster."""
+    call()
+    found, end = [], time.perf_counter() + 1.0
+    while not found or time.perf_counter() < end:
+        found.append(measure(call, device, repeats=1, warmup=0, cold=False).median)
+    return min(found)
 
 
 def _summary(times: list[float], host: list[float]) -> Timing:
