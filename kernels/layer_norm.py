@@ -6,7 +6,9 @@ Saved for backward: s, and mean and rstd in fp32. With xhat = (s - mean) * rstd 
     dweight = sum_T(dy * xhat),   dbias = sum_T(dy)
 
 Each program of the backward adds its rows' share of dweight and dbias in registers; a second kernel adds the programs'
-sums in a fixed order. Statistics and sums are fp32.
+sums in a fixed order. Statistics and sums are fp32. Every table may have its own dtype: under autocast x and y are
+bf16 beside an fp32 residual, s and weight, with no cast outside. Where x and residual differ in dtype the backward
+writes ds_total once in each.
 
 Legend: T rows (tokens), D width, P programs. A row's columns are pieces of BLOCK_D, all of them in registers.
 """
@@ -33,24 +35,34 @@ from .rows import (
     sum_cases,
     sum_partials,
     whole_row_config,
+    wider,
 )
 
 MAX_WIDTH = 8192
 
 
+def _narrowest(*dtypes: torch.dtype) -> torch.dtype:
+    """Of these dtypes the smallest: 16-byte accesses to its table take the most columns."""
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def layer_norm_fwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
-    """One row to a warp up to D = 1536. Unmeasured: chosen from compiled resources."""
+    """One row to a warp up to D = 1536, for tables of which `dtype` is the narrowest.
+
+    Unmeasured: chosen from compiled resources.
+    """
     return whole_row_config(width, dtype, values=48, num_warps=4)
 
 
-def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
+def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int, mixed: bool = False) -> LaunchConfig:
     """As many programs as the chip holds at once, each over many rows. Unmeasured: chosen from compiled resources.
 
     A lane keeps three values for each of its columns (row, dweight, dbias), so it is given fewer than in forward.
+    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'.
     """
     config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=4)
     columns = triton.cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
-    resident = 3 if columns <= 24 else 2  # groups of four warps, by registers: at most 168 and 248 a lane
+    resident = 3 if columns <= 24 and not mixed else 2  # groups of four warps, by registers: at most 168 and 248 a lane
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
     return replace(config, programs=programs)
 
@@ -118,6 +130,7 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # [T]
     rstd_ptr,  # [T]
     dx_ptr,  # [T, D]
+    dresidual_ptr,  # [T, D] where SPLIT
     part_ptr,  # [P, 2, D]: dweight, dbias of each program
     n_rows,
     stride_dy_row,
@@ -127,6 +140,7 @@ def _layer_norm_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_DS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0).to(tl.int64)
@@ -174,6 +188,8 @@ def _layer_norm_bwd_kernel(
             if HAS_DS:
                 dx += tl.load(ds_ptr + row[:, None] * stride_ds_row + cols, mask=keep, other=0.0).to(tl.float32)
             tl.store(dx_ptr + row[:, None] * D + cols, dx, mask=keep)
+            if SPLIT:
+                tl.store(dresidual_ptr + row[:, None] * D + cols, dx, mask=keep)
     for i in tl.static_range(PIECES):
         cols = i * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(part_ptr + pid * 2 * D + cols, tl.sum(dw[i], axis=0), mask=cols < D)
@@ -181,15 +197,23 @@ def _layer_norm_bwd_kernel(
 
 
 def layer_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y [T, D], s [T, D], mean [T], rstd [T]); without a residual s is x itself."""
+    """(y [T, D], s [T, D], mean [T], rstd [T]); without a residual s is x itself, without an out_dtype y has s's."""
     n_rows, width = x.shape
-    config = layer_norm_fwd_config(width, x.dtype, arch_of(x.device))
+    s_dtype = x.dtype if residual is None else wider(x.dtype, residual.dtype)
+    out_dtype = out_dtype or s_dtype
+    tables = (x.dtype, out_dtype) if residual is None else (x.dtype, residual.dtype, out_dtype)
+    config = layer_norm_fwd_config(width, _narrowest(*tables), arch_of(x.device))
     x = row_major(x)
     residual = None if residual is None else row_major(residual)
-    y = torch.empty((n_rows, width), dtype=x.dtype, device=x.device)
-    s = x if residual is None else torch.empty_like(y)
+    y = torch.empty((n_rows, width), dtype=out_dtype, device=x.device)
+    s = x if residual is None else torch.empty((n_rows, width), dtype=s_dtype, device=x.device)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if n_rows:
@@ -217,15 +241,29 @@ def layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [T, D], dweight [D], dbias [D]); dx is the gradient of the residual too."""
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx [T, D], dresidual [T, D], dweight [D], dbias [D]); dresidual is dx itself where their dtypes agree.
+
+    x_dtype and residual_dtype are s's unless given.
+    """
     n_rows, width = s.shape
-    config = layer_norm_bwd_config(width, s.dtype, arch_of(s.device))
+    x_dtype, residual_dtype = x_dtype or s.dtype, residual_dtype or s.dtype
+    narrow = _narrowest(dy.dtype, s.dtype, x_dtype, residual_dtype)
+    config = layer_norm_bwd_config(width, narrow, arch_of(s.device), narrow != s.dtype)
     programs = min(triton.cdiv(n_rows, config.block_t), config.programs)
     dy = row_major(dy)
     ds = None if ds is None else row_major(ds)
-    dx = torch.empty((n_rows, width), dtype=s.dtype, device=s.device)
+    split = x_dtype != residual_dtype
+    dx = torch.empty((n_rows, width), dtype=x_dtype, device=s.device)
+    dresidual = torch.empty((n_rows, width), dtype=residual_dtype, device=s.device) if split else dx
     part = torch.empty((programs, 2 * width), dtype=torch.float32, device=s.device)
     if n_rows:
         _layer_norm_bwd_kernel[(programs,)](
@@ -236,6 +274,7 @@ def layer_norm_bwd(
             mean_ptr=mean,
             rstd_ptr=rstd,
             dx_ptr=dx,
+            dresidual_ptr=dresidual if split else None,
             part_ptr=part,
             n_rows=n_rows,
             stride_dy_row=dy.stride(0),
@@ -245,19 +284,21 @@ def layer_norm_bwd(
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
             HAS_DS=ds is not None,
+            SPLIT=split,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     dweight, dbias = sum_partials(part, torch.empty((2, width), dtype=weight.dtype, device=s.device)).unbind(0)
-    return dx, dweight, dbias
+    return dx, dresidual, dweight, dbias
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps):
+    def forward(ctx, x, residual, weight, bias, eps, out_dtype):
         ctx.set_materialize_grads(False)
-        y, s, mean, rstd = layer_norm_fwd(x, residual, weight, bias, eps)
+        y, s, mean, rstd = layer_norm_fwd(x, residual, weight, bias, eps, out_dtype)
         ctx.save_for_backward(s, weight, mean, rstd)
+        ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
         ctx.has_residual = residual is not None
         return y, s
 
@@ -265,21 +306,28 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, ds):
         if dy is None:  # only the sum was used
-            return ds, ds if ctx.has_residual else None, None, None, None
-        dx, dweight, dbias = layer_norm_bwd(dy, ds, *ctx.saved_tensors)
-        return dx, dx if ctx.has_residual else None, dweight, dbias, None
+            dx, dresidual = (None if ds is None else ds.to(dtype) for dtype in ctx.dtypes)
+            return dx, dresidual if ctx.has_residual else None, None, None, None, None
+        dx, dresidual, dweight, dbias = layer_norm_bwd(dy, ds, *ctx.saved_tensors, *ctx.dtypes)
+        return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = x + residual (x where there is none); y = layer_norm(s) * weight + bias.
 
     Shapes:
-        x, residual: [T, D] of one dtype, D at most 8192; weight, bias: [D] of one dtype, which may be wider than x's.
+        x, residual: [T, D], each fp32, fp16 or bf16, D at most 8192; weight, bias: [D] of one dtype, any of these.
 
     Returns:
-        (y, s), both [T, D] in x's dtype; the statistics are those of s as it is rounded to that dtype.
+        (y, s), both [T, D]: s in the wider of x's and residual's dtypes, y in `out_dtype` (s's unless given); the
+        statistics are those of s as it is rounded to its dtype.
 
     Raises:
         ValueError: shapes or dtypes other than these.
@@ -291,48 +339,82 @@ def add_layer_norm(
             f"expected x [T, D], weight [D] and bias [D] with D in 1..{MAX_WIDTH}, got {list(x.shape)}, "
             f"{list(weight.shape)} and {list(bias.shape)}"
         )
-    check_dtype(x=x, weight=weight)
+    check_dtype(x=x, residual=residual, weight=weight)
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype must be fp32, fp16 or bf16, got {out_dtype}")
     if weight.dtype != bias.dtype:
         raise ValueError(f"weight and bias must share a dtype, got {weight.dtype} and {bias.dtype}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual must be {x.dtype} {list(x.shape)} as x is, got {residual.dtype} {list(residual.shape)}"
-        )
-    return _AddLayerNorm.apply(x, residual, weight.contiguous(), bias.contiguous(), eps)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
+    return _AddLayerNorm.apply(x, residual, weight.contiguous(), bias.contiguous(), eps, out_dtype)
 
 
 def add_layer_norm_cost(
-    tokens: int, width: int, dtype: torch.dtype, residual: bool = True, backward: bool = False
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    residual: bool = True,
+    backward: bool = False,
+    residual_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> Cost:
-    """Forward: read x (and residual), write y (and s). Backward: read s, dy and ds, write dx.
+    """Forward: read x (and residual), write y (and s). Backward: read s, dy and ds, write dx (and dresidual).
 
-    The weight and bias are taken to have x's dtype; without a residual no gradient of s is counted.
+    `dtype` is x's and that of the residual and the weight unless given; y has s's. One gradient serves x and the
+    residual where their dtypes agree; without a residual no gradient of s is counted.
     """
-    table = tokens * width * dtype.itemsize
+    residual_dtype, weight_dtype = residual_dtype or dtype, weight_dtype or dtype
+    s_dtype = wider(dtype, residual_dtype) if residual else dtype
+    x, y, s, other = (d.itemsize for d in (dtype, out_dtype or s_dtype, s_dtype, residual_dtype))
+    entries, ones = tokens * width, width * weight_dtype.itemsize
     if backward:
-        return Cost((4 if residual else 3) * table + 8 * tokens + 3 * width * dtype.itemsize, 16 * tokens * width, 2)
-    return Cost((4 if residual else 2) * table + 8 * tokens + 2 * width * dtype.itemsize, 9 * tokens * width, 1)
+        each = s + y + x + (s if residual else 0) + (other if residual and residual_dtype != dtype else 0)
+        return Cost(each * entries + 8 * tokens + 3 * ones, 16 * entries, 2)
+    each = x + y + (other + s if residual else 0)
+    return Cost(each * entries + 8 * tokens + 2 * ones, 9 * entries, 1)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every shipped configuration, at its fullest: a residual in forward, a gradient of s in backward."""
+    """Every shipped configuration at its fullest, a residual in forward and a gradient of s in backward, of one dtype
+    and as under autocast: 16-bit x and y beside an fp32 residual; then fp32 rows alone, with 16-bit y."""
     cases = sum_cases()
+    wide = torch.float32
+    kinds = [(d, d, d, d) for d in DTYPES] + [(torch.bfloat16, torch.bfloat16, torch.bfloat16, wide)]
+    kinds += [(d, wide, d, wide) for d in (torch.bfloat16, torch.float16)]
+    kinds += [(wide, None, d, wide) for d in (torch.bfloat16, torch.float16)]
     for width in WIDTHS:
-        for dtype, weight in [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32)]:
-            rows, cols = f"*{TRITON_DTYPE[dtype]}", f"*{TRITON_DTYPE[weight]}"
-            label = f"d{width} {rows[1:]} weight {cols[1:]}"
-            fwd = layer_norm_fwd_config(width, dtype, arch)
-            signature = dict.fromkeys(("x_ptr", "residual_ptr"), rows) | dict.fromkeys(("weight_ptr", "bias_ptr"), cols)
-            signature |= dict.fromkeys(("y_ptr", "s_ptr"), rows) | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
-            signature |= {"n_rows": "i32", "stride_x_row": "i32", "stride_residual_row": "i32", "eps": "fp32"}
-            cases.append(
-                row_case("layer_norm_fwd", label, _layer_norm_fwd_kernel, signature, fwd, D=width, HAS_RESIDUAL=True)
-            )
-            bwd = layer_norm_bwd_config(width, dtype, arch)
-            signature = dict.fromkeys(("dy_ptr", "ds_ptr", "s_ptr"), rows) | {"weight_ptr": cols}
-            signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": rows, "part_ptr": "*fp32"}
-            signature |= dict.fromkeys(("n_rows", "stride_dy_row", "stride_ds_row", "stride_s_row"), "i32")
-            cases.append(
-                row_case("layer_norm_bwd", label, _layer_norm_bwd_kernel, signature, bwd, D=width, HAS_DS=True)
-            )
+        for kind in kinds:
+            cases += _compile_cases(arch, width, *kind)
     return cases
+
+
+def _compile_cases(
+    arch: int, width: int, x: torch.dtype, residual: torch.dtype | None, y: torch.dtype, weight: torch.dtype
+) -> list[CompileCase]:
+    """Forward and backward of one width with tables of these dtypes."""
+    s = x if residual is None else wider(x, residual)
+    split = residual is not None and residual != x
+    xs, ys, ss, cols = (f"*{TRITON_DTYPE[d]}" for d in (x, y, s, weight))
+    others = ss if residual is None else f"*{TRITON_DTYPE[residual]}"
+    label = f"d{width} {xs[1:]}"
+    label += " alone" if residual is None else f" residual {others[1:]}" if split else ""
+    label += (f" out {ys[1:]}" if y != s else "") + f" weight {cols[1:]}"
+    config = layer_norm_fwd_config(width, _narrowest(x, residual or x, y), arch)
+    signature = {"x_ptr": xs, "residual_ptr": others, "weight_ptr": cols, "bias_ptr": cols, "y_ptr": ys, "s_ptr": ss}
+    signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
+    signature |= dict.fromkeys(("n_rows", "stride_x_row", "stride_residual_row"), "i32")
+    constexprs = {"D": width, "HAS_RESIDUAL": residual is not None}
+    if residual is None:
+        constexprs["residual_ptr"] = None
+    forward = row_case("layer_norm_fwd", label, _layer_norm_fwd_kernel, signature, config, **constexprs)
+    narrow = _narrowest(y, s, x, residual or x)
+    config = layer_norm_bwd_config(width, narrow, arch, narrow != s)
+    signature = {"dy_ptr": ys, "ds_ptr": ss, "s_ptr": ss, "weight_ptr": cols, "dx_ptr": xs, "dresidual_ptr": others}
+    signature |= dict.fromkeys(("mean_ptr", "rstd_ptr", "part_ptr"), "*fp32")
+    signature |= dict.fromkeys(("n_rows", "stride_dy_row", "stride_ds_row", "stride_s_row"), "i32")
+    constexprs = {"D": width, "HAS_DS": residual is not None, "SPLIT": split}
+    constexprs |= {} if split else {"dresidual_ptr": None}
+    constexprs |= {"ds_ptr": None} if residual is None else {}
+    backward = row_case("layer_norm_bwd", label, _layer_norm_bwd_kernel, signature, config, **constexprs)
+    return [forward, backward]

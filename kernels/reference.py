@@ -96,14 +96,20 @@ def ema_update_ref_(targets: list[Tensor], sources: list[Tensor], momentum: floa
 
 
 def add_layer_norm_ref(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = x + residual (x alone where there is none); y = layer_norm(s) * weight + bias; returns (y, s).
 
-    Shapes: x, residual [T, D]; weight, bias [D].
+    Shapes: x, residual [T, D]; weight, bias [D]; y is cast to `out_dtype` where one is given.
     """
     total = x if residual is None else x + residual
-    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return y if out_dtype is None else y.to(out_dtype), total
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ def row_major(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The dtype of a sum of two tables, each fp32, fp16 or bf16. No dispatch, unlike PyTorch's own."""
+    return first if first == second else torch.float32
+
+
 def check_dtype(**tables: Tensor | None) -> None:
     """ValueError unless every table given is fp32, fp16 or bf16: sums are fp32, too few bits for fp64."""
     for name, table in tables.items():

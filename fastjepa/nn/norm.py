@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastjepa import ops
 from fastjepa.ops import library
+from fastjepa.ops.rows import linear_dtype, sum_dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -16,10 +17,17 @@ class LayerNorm(nn.LayerNorm):
     Shapes: x [..., D] -> y [..., D]; with `residual` [T, D] and x [T, D] -> (y, x + residual).
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """Normalise x, or x + residual."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, for_linear: bool = False) -> Any:
+        """Normalise x, or x + residual.
+
+        `for_linear`: y is what a linear map takes next, so that under autocast it comes in autocast's dtype, the value
+        that the linear would round it to. Otherwise it has the dtype of what is normalised.
+        """
+        dtype = sum_dtype(x, residual)
+        out_dtype = linear_dtype(x.device, dtype) if for_linear else dtype
         if residual is None and not library.takes_kernels(x):
-            return super().forward(x)
+            y = super().forward(x)
+            return y.to(out_dtype) if for_linear else y
         flat = x.flatten(0, -2)
-        y, total = ops.add_layer_norm(flat, residual, self.weight, self.bias, self.eps)
+        y, total = ops.add_layer_norm(flat, residual, self.weight, self.bias, self.eps, out_dtype)
         return y.view(x.shape) if residual is None else (y, total)

@@ -264,48 +264,69 @@ bias_gelu.register_autograd(_gelu_backward, setup_context=_gelu_context)
 
 @_operator
 def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.layer_norm.layer_norm_fwd`: (y, s, mean, rstd); s is a copy of x where there is no residual."""
     from fastjepa.kernels import layer_norm as kernels
 
-    y, s, mean, rstd = kernels.layer_norm_fwd(x, residual, weight, bias, eps)
+    y, s, mean, rstd = kernels.layer_norm_fwd(x, residual, weight, bias, eps, out_dtype)
     return y, s.clone() if residual is None else s, mean, rstd  # an operator must not give its input back
 
 
 @layer_norm.register_fake
-def _(x, residual, weight, bias, eps):
+def _(x, residual, weight, bias, eps, out_dtype=None):
+    dtype = x.dtype if residual is None or residual.dtype == x.dtype else torch.float32
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    y, s = x.new_empty(x.shape, dtype=out_dtype or dtype), x.new_empty(x.shape, dtype=dtype)
+    return y, s, statistics, torch.empty_like(statistics)
 
 
 @_operator
 def layer_norm_bwd(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.layer_norm.layer_norm_bwd`: (dx, dweight, dbias)."""
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.layer_norm.layer_norm_bwd`: (dx, dresidual, dweight, dbias); dresidual is empty where dx serves."""
     from fastjepa.kernels import layer_norm as kernels
 
-    dx, dweight, dbias = kernels.layer_norm_bwd(dy, ds, s, weight, mean, rstd)
-    return dx, dweight.clone(), dbias.clone()  # two halves of one tensor, which an operator must not give
+    dx, dresidual, dweight, dbias = kernels.layer_norm_bwd(dy, ds, s, weight, mean, rstd, x_dtype, residual_dtype)
+    if dresidual is dx:
+        dresidual = dx.new_empty(0)
+    return dx, dresidual, dweight.clone(), dbias.clone()  # two halves of one tensor, which an operator must not give
 
 
 @layer_norm_bwd.register_fake
-def _(dy, ds, s, weight, mean, rstd):
-    return s.new_empty(s.shape), torch.empty_like(weight), torch.empty_like(weight)
+def _(dy, ds, s, weight, mean, rstd, x_dtype, residual_dtype):
+    shape = 0 if x_dtype == residual_dtype else s.shape
+    dx, dresidual = s.new_empty(s.shape, dtype=x_dtype), s.new_empty(shape, dtype=residual_dtype)
+    return dx, dresidual, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _norm_context(ctx, inputs, output):
-    _, residual, weight, _, _ = inputs
+    x, residual, weight = inputs[:3]
     _, s, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(s, weight, mean, rstd)
+    ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
     ctx.has_residual = residual is not None
 
 
 def _norm_backward(ctx, dy, ds, dmean, drstd):
-    dx, dweight, dbias = torch.ops.fastjepa.layer_norm_bwd(dy, ds, *ctx.saved_tensors)
-    return dx, dx if ctx.has_residual else None, dweight, dbias, None
+    dx, dresidual, dweight, dbias = torch.ops.fastjepa.layer_norm_bwd(dy, ds, *ctx.saved_tensors, *ctx.dtypes)
+    if ctx.dtypes[0] == ctx.dtypes[1]:
+        dresidual = dx
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None
 
 
 layer_norm.register_autograd(_norm_backward, setup_context=_norm_context)

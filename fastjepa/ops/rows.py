@@ -12,7 +12,12 @@ MAX_WIDTH = 8192  # the kernels hold a row at once
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = x + residual (x alone where there is none), y = layer_norm(s) * weight + bias.
 
@@ -20,7 +25,9 @@ def add_layer_norm(
         x, residual: [T, D] floating; weight, bias: [D].
 
     Returns:
-        (y, s), both [T, D]; s in the wider of x's and residual's dtypes. Statistics are taken in fp32.
+        (y, s), both [T, D]; s in the wider of x's and residual's dtypes, y in `out_dtype`. Unless given that is the
+        dtype in which a linear map after it takes y: autocast's where autocast is on, else s's. Statistics are taken
+        in fp32, and y is rounded once.
 
     Raises:
         ValueError: shapes other than these.
@@ -38,16 +45,35 @@ def add_layer_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
-    if not library.takes_kernels(x) or x.dtype == torch.float64 or x.shape[1] > MAX_WIDTH:
-        return add_layer_norm_ref(x, residual, weight, bias, eps)
-    if residual is not None and residual.dtype != x.dtype:  # under autocast: a bf16 branch, an fp32 stream
-        x, residual = x + residual, None
+    total_dtype = sum_dtype(x, residual)
+    out_dtype = out_dtype or linear_dtype(x.device, total_dtype)
+    if not library.takes_kernels(x) or total_dtype == torch.float64 or x.shape[1] > MAX_WIDTH:
+        return add_layer_norm_ref(x, residual, weight, bias, eps, None if out_dtype == total_dtype else out_dtype)
     if torch.compiler.is_compiling():
-        y, s, _, _ = torch.ops.fastjepa.layer_norm(x, residual, weight, bias, eps)
+        y, s, _, _ = torch.ops.fastjepa.layer_norm(x, residual, weight, bias, eps, out_dtype)
         return y, s
     from fastjepa.kernels.layer_norm import add_layer_norm as kernel
 
-    return kernel(x, residual, weight, bias, eps)
+    return kernel(x, residual, weight, bias, eps, out_dtype)
+
+
+def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """The dtype of x + residual (x alone where there is none), both floating."""
+    if residual is None or residual.dtype == x.dtype:
+        return x.dtype
+    return torch.float64 if torch.float64 in (x.dtype, residual.dtype) else torch.float32
+
+
+def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `F.linear` takes a tensor of `dtype`: autocast's where it is on for the device, else its own.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     linear_dtype(torch.device("cpu"), torch.float32), linear_dtype(torch.device("cpu"), torch.float64)
+    (torch.bfloat16, torch.float64)
+    """
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -79,6 +79,53 @@ def test_weights_wider_than_rows():
     check(inputs(21, 384, torch.float16, torch.float32))
 
 
+NARROW = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # interpreted, bf16 is cut, not rounded
+WIDE = torch.float32
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nwnw",  # a block under autocast
+        "w-nw",  # its first norm
+        "nwww",
+        "wnnn",
+        "wwnw",
+        "nnnn",
+        "nnwn",
+    ],
+)
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+@pytest.mark.parametrize("width", [100, 384, 1408])
+def test_mixed_dtypes(width: int, narrow: torch.dtype, kind: str):
+    """x, residual, y and weight, each narrow or wide, in one pass; y is the fp32 one rounded once."""
+    x_dtype, residual_dtype, out_dtype, weight_dtype = ({"n": narrow, "w": WIDE, "-": None}[letter] for letter in kind)
+    x, residual, weight, bias = inputs(13, width, x_dtype, weight_dtype)
+    tables = [x, weight, bias] if residual_dtype is None else [x, residual.to(residual_dtype), weight, bias]
+    s_dtype = x_dtype if residual_dtype in (None, x_dtype) else WIDE
+    upstream = [randn(13, width, dtype=out_dtype), randn(13, width, dtype=s_dtype)]
+
+    def ours(x, *rest):
+        return add_layer_norm(x, *([None] if len(rest) == 2 else []), *rest, EPS, out_dtype)
+
+    def reference(x, *rest):
+        exact = x.dtype == torch.float64
+        residual = rest[0] if len(rest) == 3 else None
+        # Beside fp32 rows torch takes fp32 weights only.
+        weight, bias = rest[-2:] if exact else (t.to(s_dtype) for t in rest[-2:])
+        y, s = add_layer_norm_ref(x, residual, weight, bias, EPS, None if exact else out_dtype)
+        return y, s + 0
+
+    got = compare(ours, reference, tables, upstream)
+    assert [t.dtype for t in got] == [out_dtype, s_dtype, *(t.dtype for t in tables)]
+    again = value_and_gradients(ours, tables, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    if s_dtype == WIDE:
+        y = add_layer_norm(x, None if residual_dtype is None else tables[1], weight, bias, EPS)[0]
+        half_a_unit = 0 if out_dtype == WIDE else torch.finfo(out_dtype).eps / 2
+        torch.testing.assert_close(got[0].float(), y, rtol=half_a_unit + 1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("layout", ["rows apart", "misaligned", "rows apart and misaligned", "columns apart"])
 def test_strange_layouts(layout: str):
     x, residual, weight, bias = inputs(13, 192, torch.float32)
@@ -157,12 +204,25 @@ def test_declared_bytes():
         assert 4 * table < cost.bytes < 4.01 * table
 
 
+def test_declared_bytes_under_autocast():
+    """2 + 4 read and 4 + 2 written an element; back 4 + 2 + 4 read and 2 + 4 written."""
+    entries = 14080 * 1280
+    dtypes = {"residual_dtype": torch.float32, "out_dtype": torch.bfloat16, "weight_dtype": torch.float32}
+    for backward, each in ((False, 12), (True, 16)):
+        cost = add_layer_norm_cost(14080, 1280, torch.bfloat16, backward=backward, **dtypes)
+        assert each * entries < cost.bytes < 1.01 * each * entries
+
+
 def test_refuses_what_it_cannot_do():
     x, residual, weight, bias = inputs(4, 16, torch.float32)
     with pytest.raises(ValueError, match=r"\[4, 16\], \[15\]"):
         add_layer_norm(x, None, weight[:15], bias, EPS)
-    with pytest.raises(ValueError, match=r"residual must be torch\.float32"):
-        add_layer_norm(x, residual.half(), weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"residual must be \[4, 16\]"):
+        add_layer_norm(x, residual[:3], weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"residual .*float64"):
+        add_layer_norm(x, residual.double(), weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"out_dtype .*int32"):
+        add_layer_norm(x, residual, weight, bias, EPS, torch.int32)
     with pytest.raises(ValueError, match=r"float16 and torch\.float32"):
         add_layer_norm(x, residual, weight.half(), bias, EPS)
     with pytest.raises(ValueError, match="float64"):
@@ -179,6 +239,11 @@ def test_compiled_code(arch: int):
         if case["kernel"] == "layer_norm_bwd":  # every program of the backward has a place on the chip
             threads = int(re.search(r" p(\d+)", case["config"])[1]) // MULTIPROCESSORS[arch] * 32 * case["num_warps"]
             assert -(-case["registers"] // 8) * 8 * threads <= 65536, case
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiled_code_under_autocast(arch: int):
+    assert_compiles_well("layer_norm", arch, r"d(384|1280) (bf16 residual|fp32 alone out bf16)", expected=8)
 
 
 @pytest.mark.gpu

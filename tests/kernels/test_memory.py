@@ -111,6 +111,16 @@ def _norm(given: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]
     return value_and_gradients(lambda x, r, w, b: layer_norm.add_layer_norm(x, r, w, b, 1e-6), inputs, upstream)
 
 
+def _mixed_norm(given: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """As under autocast: fp32 but for x and y."""
+    x, upstream = (given(torch.randn(13, 200).to(dtype)) for _ in "ab")
+    inputs = [x, *(given(torch.randn(*n, 200)) for n in ((13,), (), ()))]
+    ds = given(torch.randn(13, 200))
+    return value_and_gradients(
+        lambda x, r, w, b: layer_norm.add_layer_norm(x, r, w, b, 1e-6, dtype), inputs, [upstream, ds]
+    )
+
+
 def _gelu(given: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
     inputs = [given(torch.randn(*n, 200).to(dtype)) for n in ((13,), ())]
     return value_and_gradients(gelu.bias_gelu, inputs, [given(torch.randn(13, 200).to(dtype))])
@@ -122,7 +132,7 @@ def _ema(given: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
     return targets
 
 
-OPERATIONS = (_short_attention, _long_attention, _gather, _scatter, _assemble, _loss, _norm, _gelu, _ema)
+OPERATIONS = (_short_attention, _long_attention, _gather, _scatter, _assemble, _loss, _norm, _mixed_norm, _gelu, _ema)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

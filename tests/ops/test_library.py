@@ -10,6 +10,7 @@ import torch
 import fastjepa.ops.library
 from fastjepa import ops
 from fastjepa.kernels.launch import is_interpreted
+from fastjepa.nn.norm import LayerNorm
 from tests.helpers import GOLDEN_MODELS, distance, golden_lists, golden_model, golden_ragged, part
 
 CUDA = torch.cuda.is_available()
@@ -114,3 +115,56 @@ def test_what_the_kernel_has_not_runs_on_torch(kernels):
         q, k, v = qkv[2:].permute(1, 2, 0, 3)
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1)
         assert distance(out[2:].cpu(), expected.cpu()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "residual_dtype", "out_dtype"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, None, torch.bfloat16),
+        (torch.float32, torch.bfloat16, None),
+    ],
+    ids=str,
+)
+def test_opcheck_of_mixed_dtypes(x_dtype, residual_dtype, out_dtype):
+    x, residual, weight, bias, eps = samples()["layer_norm"]
+    x = x.detach().to(x_dtype).requires_grad_()
+    residual = None if residual_dtype is None else residual.detach().to(residual_dtype).requires_grad_()
+    results = torch.library.opcheck(
+        torch.ops.fastjepa.layer_norm.default,
+        (x, residual, weight, bias, eps, out_dtype),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("on_kernels", [True, False])
+def test_norm_under_autocast_is_one_graph(monkeypatch, on_kernels, backend):
+    """For a linear y is in autocast's dtype, else in that of the sum; the same eager and in a graph.
+
+    fp16, as bf16 is cut and not rounded by the interpreter.
+    """
+    monkeypatch.setattr(fastjepa.ops.library, "takes_kernels", lambda x: on_kernels)
+    norm = LayerNorm(16).to(DEVICE)
+    branch, stream = (torch.randn(4, 16, device=DEVICE) for _ in "ab")
+    inputs = [branch.half().requires_grad_(), stream.requires_grad_()]
+
+    def run(x, residual):
+        with torch.autocast(DEVICE.type, torch.float16):
+            first = norm(residual, for_linear=True)
+            y, total = norm(x, residual, for_linear=True)
+            return first, y, total, norm(x, residual)[0], norm(residual)
+
+    torch._dynamo.reset()
+    results = [call(*inputs) for call in (run, torch.compile(run, fullgraph=True, backend=backend))]
+    for outputs in results:
+        assert [y.dtype for y in outputs] == [torch.float16] * 2 + [torch.float32] * 3
+        assert torch.equal(outputs[0], outputs[4].half())
+        assert torch.equal(outputs[1], outputs[3].half())
+    gradients = [torch.autograd.grad([y.float().square().sum() for y in outputs], inputs) for outputs in results]
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager.dtype == compiled.dtype
+        assert distance(compiled.float(), eager.float()) < 1e-2
+    assert norm(stream, for_linear=True).dtype == torch.float32  # no autocast
