@@ -81,11 +81,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
         """Apply the block to every sequence on its own."""
-        attended = self.drop_path(self.attn(self.norm1(x), offsets, max_length, keep), offsets, keep)
+        y = self.norm1(x, for_linear=True) if isinstance(self.norm1, LayerNorm) else self.norm1(x)
+        attended = self.drop_path(self.attn(y, offsets, max_length, keep), offsets, keep)
         if keep is not None:
             x = ops.take_rows(x, keep)
         if isinstance(self.norm2, LayerNorm):
-            y, x = self.norm2(attended, x)
+            y, x = self.norm2(attended, x, for_linear=True)
         else:
             x = x + attended
             y = self.norm2(x)
