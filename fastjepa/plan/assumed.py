@@ -7,6 +7,7 @@ bytes, as one fraction of the roof for all parts of a step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from fastjepa.chips import chip
 from fastjepa.config import parse_config
@@ -82,6 +83,7 @@ def fraction(implementation: str, chip_name: str) -> Fraction:
     return Fraction(nemo, f"assumed: {what} reaches the fraction of {NEMO[like].source}{carried}")
 
 
+@cache
 def _official() -> float:
     """Of an A100's roof, by the published hours."""
     config = parse_config(
@@ -95,6 +97,7 @@ def _official() -> float:
     return roof * steps / (3600 * PUBLISHED_HOURS.value)
 
 
+@cache
 def _nemo(chip_name: str) -> float:
     """Of a chip's roof: an encoder of whole images, forward and backward in bf16, and its AdamW."""
     config = parse_config(

@@ -25,6 +25,11 @@ NEEDED = {
 ROWS = {"eager": "eager", "compiled": "compiled", "fastjepa truncated": "fastjepa", "fastjepa ragged": "fastjepa"}
 
 
+ENGINE = "fastjepa"  # of the input suite
+MACHINE = ("device", "kind", "chip", "threads", "copy_bandwidth", "matmul_rate", "commit")
+USED = {*NEEDED, "row", "joules_per_1000_images", "engine", "workers", "images_per_second_per_core"}
+
+
 @dataclass(frozen=True)
 class Measured:
     """One timed step of the `step` suite.
@@ -84,7 +89,10 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     runs = tree.get("runs")
     keys = {"suite": str, "machine": dict, "rows": list}
     if not isinstance(runs, list) or not all(
-        isinstance(run, dict) and all(isinstance(run.get(key), kind) for key, kind in keys.items()) for run in runs
+        isinstance(run, dict)
+        and all(isinstance(run.get(key), kind) for key, kind in keys.items())
+        and all(isinstance(row, dict) for row in run["rows"])
+        for run in runs
     ):
         raise ValueError(f"{path}: each of its runs must have {', '.join(keys)}; run the suite again")
     return runs
@@ -109,19 +117,30 @@ def steps_of(runs: Iterable[dict[str, Any]], source: str = "results") -> list[Me
 
 
 def is_used(run: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a row of the step suite has a time that the planner can use."""
+    """Whether the planner can use a row: a timed step of a known way, or the rate of our own reading of pictures."""
+    if run["suite"] == "input":
+        return row.get("engine") == ENGINE and bool(row.get("images_per_second_per_core"))
     on_gpu = run["machine"].get("kind") == "cuda"
-    return row.get("row") in ROWS and row.get("ms") is not None and not (on_gpu and row.get("dtype") != "bf16")
+    timed = row.get("row") in ROWS and row.get("ms") is not None
+    return run["suite"] == "step" and timed and not (on_gpu and row.get("dtype") != "bf16")
+
+
+def used_of(run: dict[str, Any], row: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of a run, or of one of its rows, the entries that are read here."""
+    if row is not None:
+        return {key: value for key, value in row.items() if key in USED}
+    machine = {key: value for key, value in run["machine"].items() if key in MACHINE}
+    return {key: run[key] for key in ("suite", "command", "date") if key in run} | {"machine": machine}
 
 
 def images_per_core(runs: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
     """The most pictures a second and core that our reading was measured at, and on what."""
     rates = [
-        (float(row["images_per_second_per_core"]), f"measured by the input suite: {row['engine']} on {_device(run)}")
+        (float(row["images_per_second_per_core"]), f"measured: {ENGINE}, {row.get('workers')} workers, {_device(run)}")
         for run in runs
         if run["suite"] == "input"
         for row in run["rows"]
-        if row.get("images_per_second_per_core") and str(row.get("engine", "")).startswith("fastjepa")
+        if is_used(run, row)
     ]
     return max(rates, default=None)
 

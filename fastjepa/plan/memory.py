@@ -87,12 +87,16 @@ def activations(step: Step) -> float:
 
 
 def workspace(step: Step) -> float:
-    """Gradients that the backward pass of a layer has at once: of the stream, twice, and of the MLP's hidden width."""
+    """What the backward pass of a stack's last layer makes beyond what it lets go of meanwhile.
+
+    Gradients of the stream, twice, and of the MLP's hidden width, once; with attention's weights written out also two
+    tables of them. In ours that layer ends for the predicted tokens alone.
+    """
     tokens, (stream, branch) = step.batch.tokens, step.precision
 
     def of(shape: Shape, count: float, squares: float) -> float:
         weights = 2 * WIDE * shape.heads * squares if step.implementation == "eager" else 0
-        return shape.width * count * (2 * stream + 2 * branch * shape.mlp_ratio) + weights
+        return shape.width * count * (2 * stream + branch * shape.mlp_ratio) + weights
 
     encoder = of(step.encoder, tokens.context, tokens.context_squares)
-    return max(encoder, of(step.predictor, tokens.pairs, tokens.pair_squares))
+    return max(encoder, of(step.predictor, tokens.predicted if step.ours else tokens.pairs, tokens.pair_squares))

@@ -23,6 +23,7 @@ IMAGENET = 1_281_167  # pictures in ImageNet-1k's training set
 FORMAT, VERSION = "fastjepa plan", 1
 MASKINGS = ("truncated", "ragged")
 MOST_IMAGES = 1 << 14  # a GPU, of the batches that are tried
+MANY = 512  # images, of the batches that are drawn for that
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,17 @@ def _plan(
 
 
 def largest_batch(order: Order, models: Models, ragged: bool) -> int:
-    """The most images that fit on a GPU, to about one in fifty; 0 where one does not."""
+    """The most images that fit on a GPU, to about one in fifty; 0 where one does not.
+
+    Beyond `MANY` images a batch is taken to be that many times one of `MANY`, which what is cut to the shortest is not
+    more than.
+    """
     room = assumed.USABLE.value * order.chip.memory
 
     def fits(count: int) -> bool:
-        batches = draw(order.config, count, ragged, FEWEST)
-        return largest(Step(models, batches.mean, order.implementation), batches.drawn).peak <= room
+        some = min(count, MANY)
+        batches = [batch.times(count / some) for batch in draw(order.config, some, ragged, FEWEST).drawn]
+        return largest(Step(models, batches[0], order.implementation), batches).peak <= room
 
     low, high = 0, 1
     while high <= MOST_IMAGES and fits(high):

@@ -67,6 +67,10 @@ class Batch:
     tokens: Tokens
     kept: float
 
+    def times(self, factor: float) -> Batch:
+        """So many of it at once."""
+        return Batch(Tokens(*(factor * getattr(self.tokens, f.name) for f in fields(Tokens))), factor * self.kept)
+
     def scaled(self, context: float, target: float) -> Batch:
         """With so many times the tokens in each context and each target."""
         t = self.tokens

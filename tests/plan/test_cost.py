@@ -1,0 +1,140 @@
+"""What the planner counts, against counters of what runs: torch's, the kernels' declared costs, the count suite."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.count import META, count
+from benchmarks.naive import Encoder, Predictor
+from benchmarks.step import Work
+from benchmarks.ways import Eager
+from fastjepa import IJEPA, Ragged
+from fastjepa.flops import Tokens
+from fastjepa.kernels.attention import attention_cost
+from fastjepa.kernels.gelu import bias_gelu_cost
+from fastjepa.kernels.layer_norm import add_layer_norm_cost
+from fastjepa.pairing import TargetRows
+from fastjepa.plan.cost import PARTS, Step
+from fastjepa.plan.layers import AUTOCAST, FP32, LAYERS, Shape
+from fastjepa.plan.work import Batch, Models
+from fastjepa.training.models import ENCODERS
+
+
+def step_of(work: Work, implementation: str, masks: tuple, precision=AUTOCAST) -> Step:
+    """The planner's step on these very masks."""
+    patches = (work.pixels // work.patch) ** 2
+    kept = TargetRows.build(masks[1], work.batch, patches).kept
+    batch = Batch(Tokens.of(work.batch, *masks), float(len(kept)))
+    return Step(Models.of(work.model()), batch, implementation, precision)
+
+
+def on_meta(masks: list[Tensor] | Ragged) -> list[Tensor] | Ragged:
+    return masks.to("meta") if isinstance(masks, Ragged) else [m.to("meta") for m in masks]
+
+
+def counted(run) -> Counter:
+    """FLOPs by operation."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return Counter({str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()})
+
+
+def usual_models(model: IJEPA) -> tuple[Encoder, Predictor]:
+    """The usual models on the meta device, of whatever hidden width ours have (vit_giant's is not four times)."""
+    encoder, predictor = model.encoder, model.predictor
+    side, width, heads = encoder.patch_embed.grid_size[0], encoder.embed_dim, encoder.num_heads
+    with META:
+        ours = Encoder(side, encoder.patch_embed.patch_size, width, len(encoder.blocks), heads)
+        hidden = encoder.blocks[0].mlp.fc1.out_features
+        for block in ours.blocks:
+            block.mlp.fc1, block.mlp.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        narrow = predictor.predictor_embed.out_features
+        return ours, Predictor(side, width, narrow, len(predictor.predictor_blocks), heads)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_flops_of_the_usual_models_are_torchs(name: str):
+    """Forward and backward of a whole step, the published masks: within 1 %."""
+    work = Work(name, 14 if name == "vit_huge" else 16, batch=4, predictor=(384, 6), device=META)
+    masks = work.masks(work.batch, 0, ragged=False)
+    way = Eager(usual_models(work.model()))
+    images = work.images(work.batch)
+    found = counted(lambda: way.objective(images, *map(on_meta, masks)).backward())
+    flops = step_of(work, "eager", masks).flops()
+    assert sum(f.total for f in flops.values()) == pytest.approx(found.total(), rel=0.01)
+    assert sum(f.attention for f in flops.values()) == pytest.approx(found["aten.bmm"], rel=0.01)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_flops_of_our_products_are_torchs(ragged: bool):
+    """To the last one; attention, which is a kernel of ours on a GPU, by its formula where lengths are equal."""
+    work = Work("vit_base", batch=4, predictor=(384, 6), device=META)
+    masks = work.masks(work.batch, 0, ragged)
+    targets = TargetRows.build(masks[1], work.batch, 196).to("meta")
+    model, images = work.model(), work.images(work.batch)
+    found = counted(lambda: model.loss(images, *map(on_meta, masks), targets).backward())
+    flops = step_of(work, "fastjepa", masks).flops()
+    matmuls = sum(f.matmuls for f in flops.values())
+    assert matmuls == pytest.approx(found["aten.mm"] + found["aten.addmm"], rel=1e-9)
+    if not ragged:
+        assert sum(f.total for f in flops.values()) == pytest.approx(found.total(), rel=0.01)
+
+
+@pytest.mark.parametrize("row", ["eager", "fastjepa truncated", "fastjepa ragged"])
+def test_bytes_are_those_that_the_count_suite_sees(row: str):
+    """Every operator and launch of a step, under CUDA's autocast: each part within 3 % (the loss is a hundredth)."""
+    work = Work("vit_small", batch=32, predictor=(384, 6), bf16=True, device=META)
+    events = count(work, row)
+    moved = step_of(work, row.split()[0], work.masks(work.batch, 0, row.endswith("ragged"))).moved()
+    for part in PARTS:
+        seen = sum(event.bytes for event in events[part] if event.kind in ("rest", "attention"))
+        assert moved[part] == pytest.approx(seen, rel=0.03), part
+
+
+def test_bytes_are_those_that_kernels_declare():
+    """Parameters' own bytes left out, which are the same whatever the number of tokens."""
+    width, heads, lengths = 1280, 16, [110] * 128
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    layer = LAYERS["fastjepa"]
+    ahead, behind = ({operation.name: operation for operation in some} for some in (layer.attention, layer.tail))
+    seen = 0
+    for precision, dtype in ((FP32, torch.float32), (AUTOCAST, torch.bfloat16)):
+        rows = tokens, width, torch.float32  # of the stream, in either precision
+        for operation, cost, arguments, more in (
+            (ahead["layer_norm"], add_layer_norm_cost, rows, {"residual": False}),
+            (ahead["attention"], attention_cost, (lengths, heads, width // heads, dtype.itemsize), {}),
+            (behind["add, layer_norm"], add_layer_norm_cost, rows, {}),
+            (behind["bias_gelu"], bias_gelu_cost, (tokens, 4 * width, dtype), {}),
+        ):
+            for way in ("forward", "backward"):
+                moved = getattr(operation, way).bytes(Shape(width, heads, 4.0), tokens, squares, precision)
+                wanted = cost(*arguments, **more, backward=way == "backward").bytes
+                assert moved == pytest.approx(wanted, rel=2e-3), (operation.name, way)
+                seen += 1
+    assert seen == 16
+
+
+def test_an_operation_is_there_with_casts_or_without():
+    shape, layer = Shape(8, 2, 4.0), LAYERS["fastjepa"]
+    names = {o.only for o in (*layer.attention, *layer.tail)}
+    assert names == {"", "mixed", "plain"}
+    # With nothing but fused residuals an fp32 layer moves less than an equal one that adds first.
+    plain = layer.bytes("forward", shape, 10, 50, FP32)
+    by_hand = 4 * 10 * (8 * (2 + 4 + 4 + 3 + 2 * 4) + 2 + 2 * 2)
+    assert plain == by_hand
+
+
+def test_the_last_layer_ends_for_the_tokens_that_are_read():
+    work = Work("vit_tiny", 8, 96, 3, (96, 2), {"depth": 2}, device=META)
+    masks = work.masks(3, 0, ragged=False)
+    step = step_of(work, "fastjepa", masks)
+    whole = Step(step.models, Batch(step.batch.tokens, step.patches), "fastjepa")
+    assert whole.moved()["target"] > step.moved()["target"]
+    assert whole.flops()["target"].matmuls - step.flops()["target"].matmuls == pytest.approx(
+        18 * 192**2 * (step.patches - step.batch.kept)
+    )
