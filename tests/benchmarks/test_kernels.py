@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -201,7 +202,9 @@ def test_under_pytest_benchmark(tmp_path):
     """One file as its user runs it: what can run is timed, what cannot is skipped with the reason."""
     found = tmp_path / "found.json"
     command = ["pytest", "benchmarks/bench_layer_norm.py", "-k", "published or Liger", f"--benchmark-json={found}"]
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark does not time in a worker of pytest-xdist, which the environment would make this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (timed,) = json.loads(found.read_text(encoding="utf-8"))["benchmarks"]
     assert timed["name"] == "test_layer_norm[residual + LayerNorm fwd+bwd-0-eager, as published]"
