@@ -26,14 +26,10 @@ class Assumption:
 
 
 PUBLISHED_HOURS = Assumption(
-    72.0, "ViT-H/14, 300 epochs of ImageNet in under 72 hours on 16 A100 (Assran et al. 2023, arXiv 2301.08243)"
+    72.0, "hours or less of ViT-H/14, 300 epochs of ImageNet on 16 A100 (Assran et al. 2023, arXiv 2301.08243)"
 )
-NEMO = {  # images a second of eight GPUs
-    name: Assumption(
-        value, "a ViT-g/14 training step in NVIDIA NeMo, 64 images a GPU (NeMo Framework User Guide, ViT, Performance)"
-    )
-    for name, value in (("a100-80g", 693.0), ("h100", 1428.0))
-}
+_GUIDE = "images a second, a ViT-g/14 in NVIDIA NeMo, 64 images a GPU (NeMo Framework User Guide, ViT, Performance)"
+NEMO = {"a100-80g": Assumption(693.0, f"eight A100: {_GUIDE}"), "h100": Assumption(1428.0, f"eight H100: {_GUIDE}")}
 # Whose published fraction a chip takes: of the same architecture where there is one, else the nearest older.
 LIKE = {"a100-80g": "a100-80g", "a100-40g": "a100-80g", "h100": "h100", "h200": "h100", "b200": "h100",
         "l40s": "a100-80g", "4090": "a100-80g"}  # fmt: skip
@@ -49,13 +45,27 @@ NETWORK = {
     for name in names
 }
 LINK_SHARE = Assumption(
-    0.75, "of a link's bytes a second that an all-reduce reaches: 200 to 230 of 300 GB/s on eight A100 (nccl-tests)"
+    0.75,
+    "of a link's bytes a second that an all-reduce reaches: 200 of 300 GB/s among eight A100, 85 of 100 between nodes, "
+    "as users report (nccl-tests, issues 149 and 119)",
 )
 BUCKET = Assumption(25 << 20, "bytes whose all-reduce no backward pass hides: DistributedDataParallel's bucket size")
-BACKWARD_SHARE = Assumption(2 / 3, "of a trained part's time that is its backward pass, as of its FLOPs")
+BACKWARD_SHARE = Assumption(2 / 3, "of the context encoder's time is its backward pass, as of its FLOPs")
 USABLE = Assumption(0.92, "of a GPU's memory: CUDA itself, the allocator's gaps and NCCL's buffers take the rest")
-FILE_BYTES = Assumption(115_440, "bytes of a picture: the 147.9 GB of ImageNet's training archive over its files")
-IMAGES_PER_CORE = Assumption(440.0, "pictures a second: JPEG read, cropped and resized by Pillow on one server core")
+FILE_BYTES = Assumption(
+    115_440, "bytes of a picture: the 147.9 GB of ImageNet's training archive over its 1,281,167 files"
+)
+IMAGES_PER_CORE = Assumption(440.0, "pictures a second that a server core reads, crops and resizes with Pillow")
+ASSUMPTIONS = (
+    PUBLISHED_HOURS,
+    *NEMO.values(),
+    LINK_SHARE,
+    BUCKET,
+    BACKWARD_SHARE,
+    USABLE,
+    FILE_BYTES,
+    IMAGES_PER_CORE,
+)
 
 
 @dataclass(frozen=True)
@@ -69,18 +79,19 @@ class Fraction:
 def fraction(implementation: str, chip_name: str) -> Fraction:
     """What a whole step reaches of the roof, from what is published of another or an equal one."""
     like = LIKE[chip_name]
-    carried = "" if like == chip_name else f", measured on {like} and carried over to {chip_name}"
+    carried = "" if like == chip_name else f"; carried over to {chip_name}"
     nemo = _nemo(like)
     if implementation == "eager":
-        ours, source = _official(), f"published: {PUBLISHED_HOURS.source}"
+        ours, source = _official(), f"published: {PUBLISHED_HOURS.value:.0f} {PUBLISHED_HOURS.source}"
         if like != "a100-80g":
             ours *= nemo / _nemo("a100-80g")
-            carried = (
-                f", carried over from a100-80g to {chip_name} in the ratio of NeMo's fractions on a100-80g and {like}"
-            )
+            carried = f"; carried over to {chip_name} in the ratio of what NeMo reaches on a100-80g and {like}"
         return Fraction(ours, f"{source}{carried}")
     what = "the compiled step" if implementation == "compiled" else "ours, none of which was timed on a GPU,"
-    return Fraction(nemo, f"assumed: {what} reaches the fraction of {NEMO[like].source}{carried}")
+    return Fraction(
+        nemo,
+        f"assumed: {what} reaches the share of the roof of {NEMO[like].value:.0f} {_GUIDE}, on eight {like}{carried}",
+    )
 
 
 @cache

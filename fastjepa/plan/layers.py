@@ -69,14 +69,14 @@ class Operation(NamedTuple):
     """One of a layer: what it moves forward and backward, and keeps in between.
 
     Attributes:
-        only: "mixed" or "plain" where it is there only with casts, or only without.
+        mixed: whether it is there only where stream and branches differ in precision.
     """
 
     name: str
     forward: Values
     backward: Values
     kept: Values = Values()
-    only: str = ""
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,22 +93,25 @@ class Layer:
 
         tail: tokens that what is behind attention is done for, all of them unless given.
         """
-        without = "plain" if precision.mixed else "mixed"
         return sum(
             getattr(operation, what).bytes(shape, count, squares, precision)
             for operations, count in ((self.attention, tokens), (self.tail, tokens if tail is None else tail))
             for operation in operations
-            if operation.only != without
+            if precision.mixed or not operation.mixed
         )
 
 
-_CAST = Operation("cast", Values(stream=1, branch=1), Values(stream=1, branch=1), only="mixed")
+_CAST = Operation("cast", Values(stream=1, branch=1), Values(stream=1, branch=1), mixed=True)
 
 # As `fastjepa.nn` runs with its kernels: what those move is what their `*_cost` say, which a test holds.
 _FASTJEPA = Layer(
     attention=(
-        Operation("layer_norm", Values(stream=2, ones=2), Values(stream=3, ones=2), Values(stream=1, ones=2)),
-        _CAST,
+        Operation(
+            "layer_norm",
+            Values(stream=1, branch=1, ones=2),
+            Values(stream=2, branch=1, ones=2),
+            Values(stream=1, ones=2),
+        ),
         Operation("qkv", Values(), Values(branch=3), Values(branch=1)),  # backward: the bias's gradient, as below
         Operation("attention", Values(branch=4, heads=1), Values(branch=8, heads=1), Values(branch=4, heads=1)),
         Operation("two gradients of the stream added", Values(), Values(stream=3)),
@@ -116,11 +119,12 @@ _FASTJEPA = Layer(
     tail=(
         Operation("proj", Values(), Values(branch=1)),
         Operation(
-            "add, layer_norm", Values(stream=4, ones=2), Values(stream=4, ones=2), Values(stream=1, ones=2), "plain"
+            "add, layer_norm",
+            Values(stream=2, branch=2, ones=2),
+            Values(stream=3, branch=1, ones=2),
+            Values(stream=1, ones=2),
         ),
-        Operation("add", Values(stream=2, branch=1), Values(stream=1, branch=1), Values(stream=1), "mixed"),
-        Operation("layer_norm", Values(stream=2, ones=2), Values(stream=4, ones=2), Values(ones=2), "mixed"),
-        _CAST,
+        Operation("its gradient, written for the branch too", Values(), Values(branch=1), mixed=True),
         Operation("fc1", Values(), Values(), Values(branch=1)),
         Operation("bias_gelu", Values(hidden=2), Values(hidden=3), Values(hidden=1)),
         Operation("fc2", Values(), Values(branch=1), Values(hidden=1)),
@@ -144,7 +148,7 @@ _EAGER = Layer(
             Values(weights=2, weights32=2),
             Values(weights=2, weights32=2),
             Values(weights=1),
-            "mixed",
+            mixed=True,
         ),
         Operation("heads side by side", Values(branch=2), Values(branch=2), Values(branch=1)),
         Operation("two gradients of the stream added", Values(), Values(stream=3)),

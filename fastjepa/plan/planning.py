@@ -309,7 +309,10 @@ def _input(order: Order, rate: float, per_core: tuple[float, str] | None) -> tup
     if order.images_per_core is not None:
         core, source = order.images_per_core, "given: --images-per-core"
     else:
-        core, source = per_core or (assumed.IMAGES_PER_CORE.value, f"assumed: {assumed.IMAGES_PER_CORE.source}")
+        core, source = per_core or (
+            assumed.IMAGES_PER_CORE.value,
+            f"assumed: {assumed.IMAGES_PER_CORE.value:.0f} {assumed.IMAGES_PER_CORE.source}",
+        )
     node = rate * min(order.gpus, order.per_node)
     size = assumed.FILE_BYTES
     figures = {
@@ -318,7 +321,7 @@ def _input(order: Order, rate: float, per_core: tuple[float, str] | None) -> tup
         "images_per_second_per_core": core,
         "cores_per_node": node / core,
     }
-    return figures, f"assumed: {size.value:.0f} {size.source}; pictures a second and core: {source}"
+    return figures, f"assumed: {size.value:.0f} {size.source}; {source}"
 
 
 def _published(order: Order, models: Models) -> dict[str, Any] | None:
@@ -337,5 +340,5 @@ def _published(order: Order, models: Models) -> dict[str, Any] | None:
         "images_per_second_per_gpu": rate,
         "mfu": flops * rate / a100.flops,
         "gpu": a100.name,
-        "basis": f"published: {hours.source}",
+        "basis": f"published: {hours.value:.0f} {hours.source}",
     }

@@ -18,6 +18,7 @@ from fastjepa.flops import Tokens
 from fastjepa.kernels.attention import attention_cost
 from fastjepa.kernels.gelu import bias_gelu_cost
 from fastjepa.kernels.layer_norm import add_layer_norm_cost
+from fastjepa.nn import norm
 from fastjepa.pairing import TargetRows
 from fastjepa.plan.cost import PARTS, Step
 from fastjepa.plan.layers import AUTOCAST, FP32, LAYERS, Shape
@@ -86,8 +87,13 @@ def test_flops_of_our_products_are_torchs(ragged: bool):
 
 
 @pytest.mark.parametrize("row", ["eager", "fastjepa truncated", "fastjepa ragged"])
-def test_bytes_are_those_that_the_count_suite_sees(row: str):
-    """Every operator and launch of a step, under CUDA's autocast: each part within 3 % (the loss is a hundredth)."""
+def test_bytes_are_those_that_the_count_suite_sees(monkeypatch, row: str):
+    """Every operator and launch of a step, under CUDA's autocast: each part within 3 %.
+
+    Where it fails for ours, bring `_FASTJEPA` of fastjepa/plan/layers.py into line with what the modules now do.
+    """
+    # The suite imitates autocast on the meta device, where this asks for the real one.
+    monkeypatch.setattr(norm, "linear_dtype", lambda device, dtype: torch.bfloat16)
     work = Work("vit_small", batch=32, predictor=(384, 6), bf16=True, device=META)
     events = count(work, row)
     moved = step_of(work, row.split()[0], work.masks(work.batch, 0, row.endswith("ragged"))).moved()
@@ -96,37 +102,49 @@ def test_bytes_are_those_that_the_count_suite_sees(row: str):
         assert moved[part] == pytest.approx(seen, rel=0.03), part
 
 
+@pytest.mark.slow
+def test_bytes_of_the_compiled_step_are_about_inductors():
+    """By Inductor's own schedule: within 10 % in each part, 6 % in all."""
+    work = Work("vit_small", batch=32, predictor=(384, 2), sizes={"depth": 2}, bf16=True, device=META)
+    events = count(work, "compiled")
+    moved = step_of(work, "compiled", work.masks(work.batch, 0, ragged=False)).moved()
+    seen = {part: sum(e.bytes for e in events[part] if e.kind in ("rest", "attention")) for part in PARTS}
+    assert moved == pytest.approx(seen, rel=0.10)
+    assert sum(moved.values()) == pytest.approx(sum(seen.values()), rel=0.06)
+
+
 def test_bytes_are_those_that_kernels_declare():
     """Parameters' own bytes left out, which are the same whatever the number of tokens."""
-    width, heads, lengths = 1280, 16, [110] * 128
+    width, heads, lengths, wide = 1280, 16, [110] * 128, torch.float32
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     layer = LAYERS["fastjepa"]
-    ahead, behind = ({operation.name: operation for operation in some} for some in (layer.attention, layer.tail))
+    lines = {operation.name: operation for operation in (*layer.attention, *layer.tail)}
     seen = 0
-    for precision, dtype in ((FP32, torch.float32), (AUTOCAST, torch.bfloat16)):
-        rows = tokens, width, torch.float32  # of the stream, in either precision
-        for operation, cost, arguments, more in (
-            (ahead["layer_norm"], add_layer_norm_cost, rows, {"residual": False}),
-            (ahead["attention"], attention_cost, (lengths, heads, width // heads, dtype.itemsize), {}),
-            (behind["add, layer_norm"], add_layer_norm_cost, rows, {}),
-            (behind["bias_gelu"], bias_gelu_cost, (tokens, 4 * width, dtype), {}),
+    for precision, dtype in ((FP32, wide), (AUTOCAST, torch.bfloat16)):
+        for names, cost, arguments, more in (
+            (("layer_norm",), add_layer_norm_cost, (tokens, width, wide), {"residual": False, "out_dtype": dtype}),
+            (("attention",), attention_cost, (lengths, heads, width // heads, dtype.itemsize), {}),
+            (
+                ("add, layer_norm", *(["its gradient, written for the branch too"] if precision.mixed else [])),
+                add_layer_norm_cost,
+                (tokens, width, dtype),
+                {"residual_dtype": wide, "out_dtype": dtype, "weight_dtype": wide},
+            ),
+            (("bias_gelu",), bias_gelu_cost, (tokens, 4 * width, dtype), {}),
         ):
             for way in ("forward", "backward"):
-                moved = getattr(operation, way).bytes(Shape(width, heads, 4.0), tokens, squares, precision)
+                shape = Shape(width, heads, 4.0)
+                moved = sum(getattr(lines[name], way).bytes(shape, tokens, squares, precision) for name in names)
                 wanted = cost(*arguments, **more, backward=way == "backward").bytes
-                assert moved == pytest.approx(wanted, rel=2e-3), (operation.name, way)
+                assert moved == pytest.approx(wanted, rel=2e-3), (names, way)
                 seen += 1
     assert seen == 16
 
 
-def test_an_operation_is_there_with_casts_or_without():
-    shape, layer = Shape(8, 2, 4.0), LAYERS["fastjepa"]
-    names = {o.only for o in (*layer.attention, *layer.tail)}
-    assert names == {"", "mixed", "plain"}
-    # With nothing but fused residuals an fp32 layer moves less than an equal one that adds first.
-    plain = layer.bytes("forward", shape, 10, 50, FP32)
-    by_hand = 4 * 10 * (8 * (2 + 4 + 4 + 3 + 2 * 4) + 2 + 2 * 2)
-    assert plain == by_hand
+def test_a_layer_by_hand():
+    """fp32, forward: LayerNorms (2 and 4 tables), attention (4, and a number a head), GELU (2 of 4 D), a sum (3)."""
+    moved = LAYERS["fastjepa"].bytes("forward", Shape(8, 2, 4.0), 10, 50, FP32)
+    assert moved == 4 * 10 * (8 * (2 + 4 + 4 + 2 * 4 + 3) + 2 + 2 * 2)
 
 
 def test_the_last_layer_ends_for_the_tokens_that_are_read():

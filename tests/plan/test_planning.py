@@ -128,7 +128,7 @@ def test_what_is_published_comes_back():
     found = plan(order)
     assert list(found["maskings"]) == ["truncated"]
     assert found["hours"] == pytest.approx(PUBLISHED_HOURS.value, rel=1e-3)
-    assert "published: ViT-H/14" in found["basis"]["hours"]
+    assert "published: 72 hours or less of ViT-H/14" in found["basis"]["hours"]
     length = 256
     flops = 3 * 40 * length * (8 * 1408**2 + 4 * 1408 * 6144 + 4 * length * 1408)
     for name, mfu in (("a100-80g", 0.445), ("h100", 0.289)):
