@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import devices, markdown
+from benchmarks.report import compiled, devices, markdown
 from benchmarks.report.devices import SUITES
 
 
@@ -27,15 +27,20 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if arguments.readme and arguments.files:
         raise ValueError("--readme is made of the committed results alone; leave the files out")
-    found, skipped = devices.read(arguments.files) if arguments.files else devices.committed()
+    listed = {path: compiled.read(path) for path in arguments.files}
+    files = [path for path, rows in listed.items() if rows is None]
+    found, skipped = devices.read(files) if arguments.files else devices.committed()
+    kernels = compiled.summary([row for rows in listed.values() for row in rows or []]) or compiled.committed()
     if skipped:
         print(f"skipped, no suite of {', '.join(SUITES)}: {'; '.join(skipped)}", file=sys.stderr)
     done = []
     if arguments.html:
+        if not arguments.html.parent.is_dir():  # known before the planning, which takes a while
+            raise ValueError(f"--html: cannot write {arguments.html}: no folder {arguments.html.parent}")
         from benchmarks.report.page import page
-        from benchmarks.report.plans import plans
+        from benchmarks.report.plans import published_and_predicted
 
-        _write("--html", arguments.html, page(found, plans()))
+        _write("--html", arguments.html, page(found, published_and_predicted(), kernels))
         done.append(f"wrote {arguments.html}")
     if arguments.readme:
         old = _read(markdown.README)
@@ -43,12 +48,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         _write("--readme", markdown.README, new)
         done.append(f"{markdown.README.name} {'is as it was' if new == old else 'has the committed results'}")
     if arguments.markdown not in (None, "-"):
-        _write("--markdown", Path(arguments.markdown), markdown.report(found))
+        _write("--markdown", Path(arguments.markdown), markdown.report(found, kernels))
         done.append(f"wrote {arguments.markdown}")
     if done and arguments.markdown != "-":
         return [{"text": line} for line in done]
     print(*done, sep="\n", end="\n" if done else "", file=sys.stderr)
-    return [{"text": markdown.report(found).rstrip()}]
+    return [{"text": markdown.report(found, kernels).rstrip()}]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -33,18 +33,9 @@ NAMES = {
 }
 SETTINGS = ("model", "pixels", "batch", "dtype", "predictor_width", "predictor_depth", "npred", "steps")
 UNTIMED = {
-    *SETTINGS,
-    "workers",
-    "bytes",
-    "flops",
-    "launches",
-    "tokens",
-    "parameters",
-    "width",
-    "depth",
-    "absent",
-    "wrong",
-}
+    *SETTINGS, "workers", "note", "bytes", "flops", "launches", "tokens", "parameters", "width", "depth",
+    "absent", "wrong",
+}  # fmt: skip
 NUMBERS = {  # that are drawn or counted with
     "ms", "spread_ms", "images_per_second", "context_tokens_per_second", "mfu", "of_matmul_rate", "peak_memory_bytes",
     "joules_per_1000_images", "eager_over_this", "GB/s", "TFLOP/s", "roof", "bytes", "flops", "best_peer_over_ours",

@@ -15,6 +15,7 @@ from textwrap import wrap
 from typing import Any
 
 from benchmarks.report.devices import Device, Row, Run, failure, operations, ours, settings, title
+from benchmarks.report.plans import Hours
 from benchmarks.report.tables import AXES, digits, missed
 from fastjepa.chips import CHIPS
 
@@ -271,11 +272,9 @@ def scaling(run: Run) -> list[Figure]:
     return found
 
 
-def hours(plans: dict[str, dict[str, Any]], published: float) -> Figure:
+def hours(bars: Sequence[Hours]) -> Figure:
     """Hours of the published pretraining: published, and predicted for each form of masks."""
-    lines = [(f"published: under {published:g} hours", published, PUBLISHED)]
-    for form, plan in plans.items():
-        lines.append((f"predicted, {form} masks: {digits(plan['hours'])} hours", plan["hours"], GUESSED))
+    lines = [(f"{bar.what}: {bar.hours:.3g} hours", bar.hours, GUESSED if bar.predicted else PUBLISHED) for bar in bars]
 
     def plot(axes: Any) -> None:
         for place, (words, value, style) in enumerate(lines):
@@ -285,8 +284,11 @@ def hours(plans: dict[str, dict[str, Any]], published: float) -> Figure:
 
     heading = "Hours to pretrain ViT-H/14 for 300 epochs on 16 A100: published, and predicted"
     alt = "; ".join(words for words, _, _ in lines)
-    note = " ".join(f"{form.capitalize()} masks, predicted: {plan['basis']}." for form, plan in plans.items())
-    return Figure(heading, drawn(0.7 + 0.55 * len(lines), plot, f"{heading}. {alt}"), note)
+    by_basis: dict[str, list[str]] = {}
+    for bar in bars:
+        by_basis.setdefault(bar.basis, []).append(bar.what)
+    key = tuple(f"{' and '.join(whats)}. What it rests on: {basis}." for basis, whats in by_basis.items())
+    return Figure(heading, drawn(0.7 + 0.55 * len(lines), plot, f"{heading}. {alt}"), key=key)
 
 
 def of_suite(device: Device, suite: str) -> list[list[Figure]]:

@@ -13,14 +13,16 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README = Path(__file__).parents[2] / "README.md"
 
 
-def report(devices: Sequence[Device]) -> str:
-    """Every device, suite by suite."""
+def report(devices: Sequence[Device], compiled: Table | None = None) -> str:
+    """Every device, suite by suite; then what was compiled, and what was run where."""
     parts = ["# What was measured"]
     for device in devices:
         parts.append(f"## {device.name}")
         for suite, name in SUITES.items():
             if found := tables.tables_of(device, suite):
                 parts += [f"### {name}", *map(headed, found)]
+    if compiled:
+        parts += ["## Compiled kernels", headed(compiled)]
     return "\n\n".join([*parts, "## What there is", headed(tables.coverage(devices))]) + "\n"
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 from benchmarks.report import figures, tables
-from benchmarks.report.compiled import summary
 from benchmarks.report.devices import SUITES, Device
 from benchmarks.report.figures import Figure
+from benchmarks.report.plans import Hours
 from benchmarks.report.tables import NOT_MEASURED, Cell, Table, spans, text
 
-PUBLISHED = 72.0  # hours on 16 A100 for ViT-H/14 at 300 epochs: "under", arXiv 2301.08243
 STYLE = """
 :root { color-scheme: light; --ink: #222; --pale: #666; --rule: #ccc; }
 * { box-sizing: border-box; }
@@ -78,20 +76,19 @@ WORDS = {
 }
 
 
-def page(devices: Sequence[Device], plans: dict[str, dict[str, Any]] | None = None) -> str:
+def page(devices: Sequence[Device], hours: Sequence[Hours], compiled: Table | None = None) -> str:
     """The page.
 
     Arguments:
-        plans: hours of the published pretraining on 16 A100 by form of masks, each {"hours", "basis"}; None where they
-            cannot be told.
+        hours: of the published pretraining, published and predicted. compiled: what the kernels became, where known.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    parts = [*_head(devices), *_hours(plans)]
+    parts = [*_head(devices), *_hours(hours)]
     for device in devices:
         parts += _device(device)
-    parts += [*_there(devices), *_compiled(), *_every_row(devices)]
+    parts += [*_there(devices), *_compiled(compiled), *_every_row(devices)]
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -138,15 +135,11 @@ def _head(devices: Sequence[Device]) -> Iterator[str]:
     yield "</header>"
 
 
-def _hours(plans: dict[str, dict[str, Any]] | None) -> Iterator[str]:
+def _hours(hours: Sequence[Hours]) -> Iterator[str]:
     yield '<section id="hours"><h2>Hours on 16 A100</h2>'
-    yield f"<p>Published for ViT-H/14 and 300 epochs: under {PUBLISHED:g} hours. What follows is predicted.</p>"
-    if plans:
-        yield "<h3>Published, and predicted</h3>"
-        yield f'<div class="figures">{html_figure(figures.hours(plans, PUBLISHED))}</div>'
-    else:
-        yield '<p class="none">No prediction: the planner is not here.</p>'
-    yield "</section>"
+    yield "<p>Nothing of this was measured here: one figure is published, the others are predicted.</p>"
+    yield "<h3>Published, and predicted</h3>"
+    yield f'<div class="figures">{html_figure(figures.hours(hours))}</div></section>'
 
 
 def _device(device: Device) -> Iterator[str]:
@@ -168,9 +161,8 @@ def _there(devices: Sequence[Device]) -> Iterator[str]:
     yield f'<section id="there"><h2>What there is</h2>{html_table(tables.coverage(devices))}</section>'
 
 
-def _compiled() -> Iterator[str]:
+def _compiled(found: Table | None) -> Iterator[str]:
     yield '<section id="compiled"><h2>Compiled kernels</h2>'
-    found = summary()
     if found is None:
         yield '<p class="none">No table of compiled kernels: <code>python -m benchmarks codegen</code></p>'
     else:

@@ -137,7 +137,8 @@ def kernels(run: Run) -> Table:
     """Operations by their peers, each with its time over ours; ours with its lead over the best of the others."""
     lines: list[dict[str, Cell] | str] = []
     for rows in operations(run["rows"]):
-        lines.append(f"{rows[0]['operation']}: {rows[0]['case']}")
+        note = f" ({rows[0]['note']})" if rows[0].get("note") else ""
+        lines.append(f"{rows[0]['operation']}: {rows[0]['case']}{note}")
         mine = [row["ms"] for row in rows if ours(row) and row.get("ms")]
         for row in rows:
             times = row.get("ms")

@@ -167,9 +167,9 @@ def test_bad_files_end_with_one_line(tmp_path: Path, capsys, content, words: str
 @pytest.mark.parametrize("option", ["--html", "--markdown"])
 def test_a_place_that_cannot_be_written(tmp_path: Path, capsys, option: str):
     assert command.main(["report", str(saved(tmp_path)), option, str(tmp_path / "no" / "page")]) == 2
-    assert capsys.readouterr().err == (
-        f"python -m benchmarks report: {option}: cannot write {tmp_path}/no/page: No such file or directory\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"python -m benchmarks report: {option}: cannot write {tmp_path}/no/page: ")
+    assert said.count("\n") == 1
 
 
 def test_an_unknown_suite_is_skipped_and_named(tmp_path: Path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -14,26 +15,36 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import results
 from benchmarks.laps import PARTS
-from benchmarks.report import compiled, figures
+from benchmarks.report import compiled, figures, plans
 from benchmarks.report.devices import grouped
 from benchmarks.report.page import page
+from benchmarks.report.plans import Hours
 from benchmarks.step import ROWS
+from fastjepa.plan import planning, recipe
+from fastjepa.plan.work import draw
 from tests.benchmarks.report_rows import every_suite, kernel, machine, point, run, step
 
 pytest.importorskip("matplotlib")
-PLANS = {
-    "truncated": {"hours": 41.5, "basis": "the step measured on this chip"},
-    "ragged": {"hours": 52.5, "basis": "an assumed efficiency"},
-}
+HOURS = [
+    Hours("published, at most", 72.0, "published: the paper", predicted=False),
+    Hours("predicted (measured), truncated masks", 41.5, "measured: the step on this chip"),
+    Hours("predicted (assumed), ragged masks", 52.5, "assumed: an efficiency"),
+]
 
 
-def html_of(*runs: dict, plans: dict | None = None) -> str:
-    return page(grouped(("here.json", one) for one in runs)[0], plans)
+def html_of(*runs: dict) -> str:
+    return page(grouped(("here.json", one) for one in runs)[0], HOURS)
+
+
+@pytest.fixture(autouse=True)
+def no_planning(monkeypatch):
+    """Drawing masks for a plan takes a while."""
+    monkeypatch.setattr(plans, "published_and_predicted", lambda: HOURS)
 
 
 @pytest.fixture(scope="module")
 def whole() -> str:
-    return html_of(*every_suite(), run("step", [step("eager")], of=machine("AMD EPYC", None)), plans=PLANS)
+    return html_of(*every_suite(), run("step", [step("eager")], of=machine("AMD EPYC", None)))
 
 
 class Seen(HTMLParser):
@@ -73,7 +84,7 @@ def test_the_page_needs_nothing_but_itself(whole: str):
 
 
 def test_the_page_is_the_same_every_time(whole: str):
-    again = html_of(*every_suite(), run("step", [step("eager")], of=machine("AMD EPYC", None)), plans=PLANS)
+    again = html_of(*every_suite(), run("step", [step("eager")], of=machine("AMD EPYC", None)))
     assert again == whole
 
 
@@ -101,7 +112,6 @@ def test_every_suite_and_row_is_there(whole: str):
 def test_what_was_not_measured_is_said():
     text = html_of()
     assert "No device: not measured." in text
-    assert "No prediction" in text
     for chip in ("a100-80g", "h200", "4090"):
         assert f"<td>{chip}</td><td>not measured</td>" in text
     text = html_of(run("masks", []))
@@ -109,13 +119,29 @@ def test_what_was_not_measured_is_said():
 
 
 def test_predictions_are_open_and_called_so(whole: str):
-    svg = figures.hours(PLANS, 72.0).svg
-    assert svg.count("predicted, ") >= 2
-    assert "published: under 72 hours" in svg
-    assert figures.GUESSED["facecolor"] == "#ffffff"
-    assert figures.GUESSED["hatch"]
+    svg = figures.hours(HOURS).svg
+    assert "published, at most: 72 hours" in svg
+    assert "predicted (assumed), ragged masks: 52.5 hours" in svg
+    assert svg.count("<pattern") == 2  # no bar of it is filled
+    assert all(style["facecolor"] == "#ffffff" for style in (figures.GUESSED, figures.PUBLISHED))
     assert figures.GUESSED["hatch"] not in [part["hatch"] for part in figures.PARTS.values()]
-    assert "predicted: an assumed efficiency." in whole
+    assert "predicted (assumed), ragged masks. What it rests on: assumed: an efficiency." in whole
+
+
+def test_hours_are_the_planners(monkeypatch):
+    """Of a few masks, so that it is quick."""
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "largest_batch", lambda *order: 1)
+    monkeypatch.setattr(planning, "draw", lambda config, size, ragged, count=None: draw(config, size, ragged, 1))
+    published, *predicted = plans.published_and_predicted()
+    assert (published.hours, published.predicted) == (72.0, False)
+    order = planning.Order(recipe(), planning.find_chip("a100-80g"), 16)
+    for line, masks in zip(predicted, planning.MASKINGS, strict=True):
+        found = planning.plan(order, masks)
+        assert line.hours == found["hours"]
+        assert line.basis == found["basis"]["hours"]
+        assert line.what.startswith("predicted (")
+        assert line.what.endswith(f"{masks} masks")
 
 
 def test_parts_and_rows_differ_without_colours():
@@ -219,11 +245,29 @@ def test_compiled_kernels_in_a_line_for_each_chip(tmp_path: Path):
         "ema 512/32768 w4                    80   30     0      0  128   128   0.88\n"
         "ema 512/32768 w4                    90   31     0      0  128   128   0.75\n"
     )
-    found = compiled.summary(table)
+    found = compiled.committed(table)
     assert found is not None
     assert found.rows == ((80, 2, 1, 72, 8, 8192, 0.44), (90, 1, 0, 31, 0, 0, 0.75))
-    assert compiled.summary(tmp_path / "none.txt") is None
-    committed = compiled.summary()
+    assert compiled.committed(tmp_path / "none.txt") is None
+    committed = compiled.committed()
     assert committed is not None
     lines = compiled.TABLE.read_text(encoding="utf-8").splitlines()
     assert sum(int(str(row[1])) for row in committed.rows) == len(lines) - 2
+
+
+def test_what_codegen_wrote_is_taken(tmp_path: Path, capsys):
+    """As `make bench` leaves it beside the results; other lists are no results."""
+    row = {"kernel": "ema", "config": "w4", "sm": 120, "registers": 30, "spill_bytes": 0, "shared_bytes": 0,
+           "mma_instructions": {}, "load_bits": 128, "store_bits": 128, "occupancy": 0.88}  # fmt: skip
+    (tmp_path / "codegen.json").write_text(json.dumps([row]))
+    results.write(tmp_path / "runs.json", every_suite())
+    files = [str(tmp_path / name) for name in ("codegen.json", "runs.json")]
+    assert command.main(["report", *files, "--html", str(tmp_path / "page.html"), "--markdown", "-"]) == 0
+    told = capsys.readouterr().out
+    assert "| 120 | 1 | 0 | 30 | 0 | 0 | 0.880 |" in told
+    assert "torch foreach" in told
+    assert "Kernels compiled, by compute capability" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for odd in ([], [{**row, "registers": "many"}], [{"kernel": "ema"}]):
+        (tmp_path / "codegen.json").write_text(json.dumps(odd))
+        assert command.main(["report", *files]) == 2
+        assert "codegen.json is not a results file" in capsys.readouterr().err
