@@ -15,7 +15,7 @@ RUN = {
     "command": "step",
     "date": "2026-01-01T00:00:00Z",
     "machine": {"device": "a processor", "kind": "cpu", "python": "3.11", "matmul_rate": 1e11},
-    "rows": [STEP, {"row": "compiled", "absent": "no compiler"}, STEP | {"row": "official"}],
+    "rows": [STEP, {"row": "compiled", "absent": "no compiler"}, STEP | {"row": "another"}],
 }
 
 

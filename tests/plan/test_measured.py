@@ -151,8 +151,15 @@ def test_power_is_what_was_measured(tmp_path: Path):
 
 def test_rows_without_a_time_and_fp32_on_gpus_are_left_out():
     good = row("eager", "vit_tiny/16", 4, GPU, flat(0.5))
-    left = [{"row": "compiled", "absent": "no compiler"}, good | {"dtype": "fp32"}, good | {"row": "official"}]
+    left = [{"row": "compiled", "absent": "no compiler"}, good | {"dtype": "fp32"}, good | {"row": "another"}]
     assert len(steps_of([run(GPU, good, *left), run(GPU, good) | {"suite": "scaling"}])) == 1
+
+
+def test_the_published_code_is_counted_as_eager():
+    rows = [row("eager", "vit_tiny/16", 4, CPU, flat(0.5)), row("eager", "vit_tiny/16", 8, CPU, flat(0.5))]
+    eager, official = steps_of([run(CPU, rows[0], rows[1] | {"row": "official"})])
+    assert official.implementation == "eager"
+    assert all(c.basis == "other steps of the machine" and c.within(0.01) for c in check([eager, official]))
 
 
 def test_reading_of_pictures(tmp_path: Path):
