@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.report.devices import Device, Row, Run, failure, operations, ours, settings, title
 from benchmarks.report.plans import Hours
-from benchmarks.report.tables import AXES, digits, missed
+from benchmarks.report.tables import AXES, NOT_MEASURED, digits, missed
 from fastjepa.chips import CHIPS
 
 INK, PALE = "#222222", "#b8b8b8"
@@ -101,7 +101,8 @@ def parts(run: Run) -> list[Figure]:
 def speedups(run: Run) -> list[Figure]:
     """The time of every peer over ours, a figure for each operation, all on one scale."""
     groups = operations(run["rows"])
-    ratios = [r for rows in groups for _, r in _ratios(rows) if r]
+    fastest = [(rows, _fastest(rows)[0]) for rows in groups]
+    ratios = [row["ms"] / mine["ms"] for rows, mine in fastest if mine for row in rows if row.get("ms")]
     if not ratios:
         return []
     low, high = min(0.5, *ratios) / 1.15, max(2.0, *ratios) * 1.15
@@ -109,9 +110,10 @@ def speedups(run: Run) -> list[Figure]:
 
 
 def _speedup(rows: Sequence[Row], low: float, high: float) -> Figure:
-    found = sorted(_ratios(rows), key=lambda pair: (pair[1] is None, pair[1] or 0))
-    mine = next((row for row in rows if ours(row)), None)
-    said = [f"{row['peer']}: {failure(row) or (f'{digits(r)}x' if r else 'not measured')}" for row, r in found]
+    mine = _fastest(rows)[0]
+    found = [(row, row["ms"] / mine["ms"] if mine and row.get("ms") else None) for row in rows if row is not mine]
+    found = sorted((pair for pair in found if not pair[0].get("absent")), key=lambda pair: pair[1] or high)
+    said = [f"{row['peer']}: {_against(row, ratio)}" for row, ratio in found]
 
     def plot(axes: Any) -> None:
         axes.set_xscale("log")
@@ -126,29 +128,32 @@ def _speedup(rows: Sequence[Row], low: float, high: float) -> Figure:
         _plain_log(axes.xaxis)
 
     heading = f"{title(rows[0])}: peers' time over ours"
-    why = (
-        ""
-        if mine is None
-        else failure(mine) or f"ours took {digits(mine['ms'])} ms"
-        if mine.get("ms")
-        else "ours: not measured"
-    )
-    note = f"{rows[0]['case']}; {why}."
-    return Figure(heading, drawn(0.75 + 0.5 * max(1, len(found)), plot, f"{heading}. {'; '.join(said)}"), note)
+    notes = [rows[0]["case"], rows[0].get("note"), mine and f"{mine['peer']} took {digits(mine['ms'])} ms"]
+    absent: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("absent"):
+            absent.setdefault(str(failure(row)), []).append(row["peer"])
+    notes += [f"{why}: {' / '.join(peers)}" for why, peers in absent.items()]
+    alt = f"{heading}. {'; '.join(said)}"
+    svg = drawn(0.75 + 0.5 * len(found), plot, alt) if found else ""
+    return Figure(heading, svg, f"{'; '.join(note for note in notes if note)}.")
 
 
-def _ratios(rows: Sequence[Row]) -> list[tuple[Row, float | None]]:
-    """Each row but our best with its time over that one's; None where either has no time."""
-    mine = [row for row in rows if ours(row) and row.get("ms")]
-    best = min(mine, key=lambda row: row["ms"]) if mine else None
-    others = [row for row in rows if row is not best and not (best is None and ours(row))]
-    return [(row, row["ms"] / best["ms"] if best and row.get("ms") else None) for row in others]
+def _against(row: Row, ratio: float | None) -> str:
+    """How a peer stands against ours; its own time where ours has none."""
+    if why := failure(row):
+        return why
+    return f"{digits(ratio)}x" if ratio else f"{digits(row['ms'])} ms" if row.get("ms") else NOT_MEASURED
 
 
 def roofline(run: Run) -> list[Figure]:
     """Every operation by FLOPs a byte and FLOP/s, ours filled and its best peer open, under the machine's roof."""
     groups = [(rows, *_fastest(rows)) for rows in operations(run["rows"])]
-    timed = [(rows, mine, peer) for rows, mine, peer in groups if (mine or peer) and rows[0].get("flops")]
+    timed = [
+        (rows, mine, peer)
+        for rows, mine, peer in groups
+        if (mine or peer) and all(rows[0].get(key) for key in ("bytes", "flops"))
+    ]
     if not timed:
         return []
     machine = run["machine"]
@@ -208,7 +213,7 @@ def roofline(run: Run) -> list[Figure]:
 
 def _fastest(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
     """Our fastest row and the fastest of the others, None where there is none."""
-    timed = sorted((row for row in rows if row.get("ms") and row.get("bytes")), key=lambda row: row["ms"])
+    timed = sorted((row for row in rows if row.get("ms")), key=lambda row: row["ms"])
     return next((r for r in timed if ours(r)), None), next((r for r in timed if not ours(r)), None)
 
 
@@ -286,8 +291,8 @@ def hours(bars: Sequence[Hours]) -> Figure:
     alt = "; ".join(words for words, _, _ in lines)
     by_basis: dict[str, list[str]] = {}
     for bar in bars:
-        by_basis.setdefault(bar.basis, []).append(bar.what)
-    key = tuple(f"{' and '.join(whats)}. What it rests on: {basis}." for basis, whats in by_basis.items())
+        by_basis.setdefault(bar.basis, []).append(f"{bar.hours:.3g}")
+    key = tuple(f"{' and '.join(numbers)} hours: {basis}." for basis, numbers in by_basis.items())
     return Figure(heading, drawn(0.7 + 0.55 * len(lines), plot, f"{heading}. {alt}"), key=key)
 
 

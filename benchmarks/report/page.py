@@ -34,6 +34,7 @@ figure h4 { margin: 0 0 .4rem; font-size: 1rem; line-height: 1.35; }
 figure svg { display: block; width: 100%; max-width: 33rem; height: auto; stroke-linejoin: round; }
 svg text { paint-order: stroke; stroke: #fff; stroke-width: 3px; }
 figcaption ul { list-style: none; margin: .4rem 0; padding: 0; }
+figcaption li { padding-left: 1rem; text-indent: -1rem; }
 .many { columns: 21rem; column-gap: 2rem; }
 .many figure { margin-bottom: 1.5rem; }
 figcaption { color: var(--pale); font-size: .85rem; }

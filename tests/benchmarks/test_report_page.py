@@ -125,7 +125,7 @@ def test_predictions_are_open_and_called_so(whole: str):
     assert svg.count("<pattern") == 2  # no bar of it is filled
     assert all(style["facecolor"] == "#ffffff" for style in (figures.GUESSED, figures.PUBLISHED))
     assert figures.GUESSED["hatch"] not in [part["hatch"] for part in figures.PARTS.values()]
-    assert "predicted (assumed), ragged masks. What it rests on: assumed: an efficiency." in whole
+    assert "52.5 hours: assumed: an efficiency." in whole
 
 
 def test_hours_are_the_planners(monkeypatch):
@@ -192,6 +192,25 @@ def test_bars_have_the_lengths_of_the_times():
     (left, middle), (start, right) = sorted(spans)
     assert middle == pytest.approx(start, abs=0.01)  # one
     assert middle - left == pytest.approx(right - start, abs=0.01)  # a half, and two, on a logarithmic scale
+
+
+def test_absent_peers_are_named_together():
+    rows = [kernel("a", absent="needs CUDA"), kernel("b", absent="needs CUDA"), kernel("c", wrong="off")]
+    (figure,) = figures.speedups(run("kernels", [*rows, kernel("d", 3.0), kernel("fastjepa", 2.0)]))
+    assert figure.note == "4 M parameters; fastjepa took 2.00 ms; absent: needs CUDA: a / b."
+    assert "c: WRONG: off" in figure.svg
+
+
+def test_peers_keep_their_times_where_ours_has_none():
+    rows = [
+        kernel("torch", 3.0),
+        kernel("fastjepa", wrong="off"),
+        kernel("torch", 3.0, "b"),
+        kernel("fastjepa", 3.0, "b"),
+    ]
+    figure, _ = figures.speedups(run("kernels", rows))
+    assert "torch: 3.00 ms" in figure.svg
+    assert "fastjepa: WRONG: off" in figure.svg
 
 
 def test_an_operation_without_flops_is_named_beside_the_roofline():
