@@ -22,9 +22,9 @@ from benchmarks.inductor import scheduled
 from benchmarks.laps import PARTS, Laps, _borders
 from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
-from benchmarks.ways import Compiled, Eager, Masks, Way, naive_models
+from benchmarks.ways import Compiled, Eager, Fast, Masks, Way, naive_models
 from fastjepa import Ragged
-from fastjepa.training.models import ENCODERS, step_flops
+from fastjepa.training.models import ENCODERS, build_optimizer, step_flops
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 ROWS = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged")
@@ -116,14 +116,16 @@ def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str,
         way.scaler = torch.amp.GradScaler("cpu", enabled=True)
         for group in way.optimizer.param_groups:
             group["foreach"] = True
+    elif isinstance(way, Fast):
+        way.optimizer = build_optimizer(way.model, bf16=True)
     parameters = [p.shape for model in way.models for p in model.parameters()]
     counter = Counter(_lengths(work, masks), [shape for shape in parameters if len(shape) > 1])
-    on_device: list[Any] = [_to(m, META) for m in masks]
     images = replace(work, device=META).images(work.batch)
+    inputs = way.inputs(*masks, work.batch)
 
     def loss() -> Tensor:
         with CudaAutocast():
-            return way.objective(images, *on_device)
+            return way.objective(images, *inputs)
 
     with kernel_path(counter), counter:
         for _ in range(2):
@@ -198,10 +200,6 @@ def _of_sequences(masks: Masks) -> Tensor:
     if isinstance(masks, Ragged):
         return masks.lengths.long()
     return torch.full((len(masks) * len(masks[0]),), masks[0].shape[1])
-
-
-def _to(masks: Masks, device: torch.device) -> Masks:
-    return masks.to(device) if isinstance(masks, Ragged) else [m.to(device) for m in masks]
 
 
 def _row(work: Work, name: str) -> dict[str, Any]:

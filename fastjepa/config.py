@@ -102,13 +102,17 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is run; none of it changes the numbers but `seed`, and `attention` in their last digits."""
+    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream`; on `attention` and
+    `accumulate` in their last digits; on nothing else here."""
 
     device: str = "auto"
     seed: int = 0
     save_every: int = 1000  # steps; a checkpoint is also saved at the end of each epoch
     keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
     attention: str = "auto"  # backend, as fastjepa.ops.ragged_attention takes it
+    accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
+    activation_checkpointing: bool = False  # compute a block's inside again in the backward pass, to save memory
+    narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
     profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
     progress: bool = True
@@ -286,6 +290,9 @@ def _check(config: Config, source: str) -> None:
         )
         < 1,
         "runtime.save_every and runtime.keep must be at least 1": min(runtime.save_every, runtime.keep) < 1,
+        f"runtime.accumulate={runtime.accumulate} does not divide data.batch_size={data.batch_size}": (
+            runtime.accumulate < 1 or data.batch_size % runtime.accumulate > 0
+        ),
         "runtime.seed must be at least 0": runtime.seed < 0,
     }
     for message, is_wrong in wrong.items():

@@ -27,7 +27,8 @@ class Batch:
     """One step's input.
 
     Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; targets of masks_pred; samples int64 [B],
-    index of each picture; unreadable: what could not be read while making it, a line each (another picture stands in).
+    index of each picture; num_patches: N, of a whole picture; unreadable: what could not be read while making it, a
+    line each (another picture stands in).
     """
 
     images: Tensor
@@ -35,6 +36,7 @@ class Batch:
     masks_pred: Masks
     targets: TargetRows
     samples: Tensor
+    num_patches: int
     unreadable: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
@@ -64,6 +66,33 @@ class Batch:
             return len(self.masks_enc.values)
         return sum(m.numel() for m in self.masks_enc)
 
+    def parts(self, count: int) -> list[tuple[Batch, float]]:
+        """The batch in `count` parts of equal numbers of images, and the share of the target tokens that each has.
+
+        The losses of the parts, each times its share, add up to the batch's. For batches on the CPU.
+
+        Raises:
+            ValueError: a count that does not divide the images.
+        """
+        images = len(self.images)
+        if count < 1 or images % count:
+            raise ValueError(f"a batch of {images} images cannot be taken in {count} equal parts")
+        if count == 1:
+            return [(self, 1.0)]
+        size = images // count
+        found = [self._part(start, start + size) for start in range(0, images, size)]
+        tokens = [len(part.targets.place) for part in found]
+        return [(part, n / sum(tokens) if sum(tokens) else 0.0) for part, n in zip(found, tokens, strict=True)]
+
+    def _part(self, start: int, end: int) -> Batch:
+        masks_enc, masks_pred = (
+            masks.of_images(start, end) if isinstance(masks, Ragged) else [m[start:end] for m in masks]
+            for masks in (self.masks_enc, self.masks_pred)
+        )
+        targets = TargetRows.build(masks_pred, end - start, self.num_patches)
+        images, samples = self.images[start:end], self.samples[start:end]
+        return Batch(images, masks_enc, masks_pred, targets, samples, self.num_patches, self.unreadable)
+
 
 class TrainingBatches(Dataset):
     """Batch number `step`: pictures of a permutation drawn for each epoch, crops and masks drawn for each step.
@@ -92,8 +121,10 @@ class TrainingBatches(Dataset):
         unreadable: list[str] = []
         images, samples = zip(*(self._crop(int(i), rng, unreadable) for i in chosen), strict=True)
         masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, step])
-        targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
-        return Batch(torch.stack(images), masks_enc, masks_pred, targets, torch.tensor(samples), tuple(unreadable))
+        patches = self.masks.height * self.masks.width
+        targets = TargetRows.build(masks_pred, self.batch_size, patches)
+        pictures, numbers = torch.stack(images), torch.tensor(samples)
+        return Batch(pictures, masks_enc, masks_pred, targets, numbers, patches, tuple(unreadable))
 
     def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
         """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""

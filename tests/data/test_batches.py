@@ -108,3 +108,33 @@ def test_nothing_readable_ends(tmp_path):
 def test_fewer_pictures_than_a_batch(pictures):
     with pytest.raises(ValueError, match="batch_size=64 is more than the 23 pictures"):
         make(pictures, batch_size=64)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_parts_are_the_batch(pictures, ragged):
+    batch = make(pictures, ragged)[0]
+    parts = batch.parts(2)
+    assert sum(share for _, share in parts) == pytest.approx(1.0)
+    assert torch.equal(torch.cat([part.images for part, _ in parts]), batch.images)
+    assert torch.equal(torch.cat([part.samples for part, _ in parts]), batch.samples)
+    for name in ("masks_enc", "masks_pred"):
+        whole, halves = getattr(batch, name), [getattr(part, name) for part, _ in parts]
+        if ragged:
+            assert [t.tolist() for t in whole.unbind()] == [t.tolist() for half in halves for t in half.unbind()]
+            assert {half.per_image for half in halves} == {whole.per_image}
+        else:
+            assert all(torch.equal(torch.cat(pair), m) for m, *pair in zip(whole, *halves, strict=True))
+    for part, _ in parts:
+        assert len(part.targets.place) == sum(m.numel() for m in lists(part.masks_pred))
+        assert int(part.targets.kept.max()) < 2 * 64
+    assert batch.parts(1) == [(batch, 1.0)]
+
+
+def lists(masks):
+    return [masks.values] if isinstance(masks, Ragged) else masks
+
+
+@pytest.mark.parametrize("count", [0, 3, 8])
+def test_parts_must_be_equal(pictures, count):
+    with pytest.raises(ValueError, match=f"a batch of 4 images cannot be taken in {count} equal parts"):
+        make(pictures)[0].parts(count)
