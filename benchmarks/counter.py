@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastjepa.nn import linear, norm
+from fastjepa.nn import linear, norm, stack
 from fastjepa.ops import rows
 
 KINDS = ("gemm", "attention", "rest")
@@ -260,9 +260,9 @@ class CudaAutocast(TorchFunctionMode):
     def __enter__(self):
         """Our own operations, which ask for autocast's dtype themselves, get this one's."""
         self._stack = ExitStack()
-        for module in (rows, norm, linear):
+        for module in (rows, norm, linear, stack):
             self._stack.callback(setattr, module, "linear_dtype", module.linear_dtype)
-            module.linear_dtype = lambda device, dtype: torch.bfloat16
+            setattr(module, "linear_dtype", lambda device, dtype: torch.bfloat16)  # noqa: B010
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:

@@ -235,7 +235,8 @@ def naive_models(model: IJEPA, plain: bool = True) -> tuple[Encoder, Predictor]:
     if rows != columns:
         raise ValueError(f"the baselines take square images, got {rows}x{columns} patches")
     heads, width = encoder.num_heads, predictor.predictor_embed.out_features
-    layers = [(blocks[0].mlp.fc1.out_features, len(blocks)) for blocks in (encoder.blocks, predictor.predictor_blocks)]
+    stacks = encoder.blocks, predictor.predictor_blocks
+    layers = [(int(b[0].mlp.fc1.out_features), len(b)) for b in stacks]  # pyright: ignore
     device = encoder.pos_embed.device
     with device:
         ours = Encoder(rows, encoder.patch_embed.patch_size, encoder.embed_dim, *layers[0], heads, plain)

@@ -95,9 +95,9 @@ class Block(nn.Module):
         that comes next does that in its own pass.
         """
         y, x = add_norm(self.norm1, x, branch, for_linear=True)
-        branch = self.drop_path(self.attn(y, offsets, max_length, keep), offsets, keep)
+        attended = self.drop_path(self.attn(y, offsets, max_length, keep), offsets, keep)
         if keep is not None:
             x = ops.take_rows(x, keep)
-        y, x = add_norm(self.norm2, x, branch, for_linear=True)
-        branch = self.drop_path(self.mlp(y), offsets, keep)
-        return (x, branch) if deferred else x + branch
+        y, x = add_norm(self.norm2, x, attended, for_linear=True)
+        out = self.drop_path(self.mlp(y), offsets, keep)
+        return (x, out) if deferred else x + out

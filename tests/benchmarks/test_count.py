@@ -349,7 +349,7 @@ def test_document(tmp_path: Path, rows: list[dict]):
     """The tables go between the markers, and the committed document holds the same columns."""
     path = tmp_path / "counts.md"
     path.write_text(f"before\n{count.MARKERS[0]}\nold\n{count.MARKERS[1]}\nafter\n")
-    count._put(count.markdown(rows), path)
+    count.put(count.markdown(rows), path, count.MARKERS)
     text = path.read_text()
     assert text.startswith(f"before\n{count.MARKERS[0]}\n| row |")
     assert text.endswith(f"{count.MARKERS[1]}\nafter\n")
