@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 # A suite is a module with add_arguments(parser), run(arguments) -> rows, table(rows) -> text, and
 # faults(rows, arguments) -> lines, what is not as it has to be.
 SUITES = {
@@ -42,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name != "report":
         parser.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
     if name not in UNTIMED:
+        parser.add_argument("--threads", type=int, help="of torch on the CPU; one is timed by processor time")
         parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/<device>")
     arguments = parser.parse_args(argv[1:])
     try:
+        _set_threads(getattr(arguments, "threads", None))
         rows = suite.run(arguments)
         _put(name, argv, arguments, rows, suite.table(rows))
     except ValueError as error:
@@ -54,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"{len(wrong)} lines are not as they have to be:", *wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"--threads must be at least 1, got {count}")
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -98,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--narrow-stream", action="store_true", help="ours with a bf16 residual stream")
     parser.add_argument("--row", action="append", choices=ROWS, help="default: all but official; eager is always there")
     parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the published code, as one row")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -107,12 +106,10 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     Raises:
         ValueError: sizes that do not go together, or a count below one.
     """
-    for name in ("patch_size", "crop_size", "batch_size", "steps", "threads", "pred_depth", "pred_emb_dim"):
+    for name in ("patch_size", "crop_size", "batch_size", "steps", "pred_depth", "pred_emb_dim"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     device = here()
     deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
     work = Work(
