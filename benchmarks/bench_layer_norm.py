@@ -51,9 +51,14 @@ def _operation(sizes: Sizes, stream: torch.dtype) -> Operation:
         upstream,
     )
     found.insert(1, peer("eager, as published", official, sizes.device))
-    kinds = {"residual_dtype": stream, "out_dtype": sizes.dtype, "weight_dtype": stream}
+    y = sizes.dtype
     cost = both(
-        *(add_layer_norm_cost(tokens, sizes.width, sizes.dtype, backward=back, **kinds) for back in (False, True))
+        *(
+            add_layer_norm_cost(
+                tokens, sizes.width, y, backward=back, residual_dtype=stream, out_dtype=y, weight_dtype=stream
+            )
+            for back in (False, True)
+        )
     )
     case = f"{tokens} rows of {sizes.width}" + (", fp32 stream" if stream != sizes.dtype else "")
     return Operation("residual + LayerNorm fwd+bwd", case, cost, exactly(torchs, inputs, upstream), found)
