@@ -42,7 +42,9 @@ def saved_bytes(row: str, masks: tuple, mixed: bool) -> int:
     On the meta device, ours through its kernels' autograd functions, under CUDA's rules of autocast where `mixed`.
     """
     way = build(replace(WORK, device=META), row)
-    kept = [copy for model in (*way.models, way.target_encoder) for copy in keep_copies(model).values()] if mixed else []
+    kept = (
+        [copy for model in (*way.models, way.target_encoder) for copy in keep_copies(model).values()] if mixed else []
+    )
     own = {t.untyped_storage()._cdata for t in (*way.tensors(), *kept)}
     held: dict[int, torch.UntypedStorage] = {}
 

@@ -246,6 +246,24 @@ def test_a_step_reads_nothing_back(pictures, tmp_path, monkeypatch):
     assert not loss.requires_grad
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_step_on_a_gpu_waits_for_nothing(pictures, tmp_path, ragged):
+    config = tiny_config(
+        pictures, tmp_path, mask={"ragged": ragged}, meta={"use_bfloat16": True}, runtime={"device": "cuda"}
+    )
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    for step in range(2):
+        trainer.train_step(batches[step].pin_memory())
+    batch = batches[2].pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_losses_that_wait_to_be_read_are_single_numbers(pictures, tmp_path):
     config = tiny_config(pictures, tmp_path, mask={"ragged": True})
     batches, _ = engine.prepare_data(config)
