@@ -53,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
     train.set_defaults(run=_train)
 
-    data = commands.add_parser(
-        "data", help="make shards of pictures", description="What is done to pictures before a run."
-    )
+    data = commands.add_parser("data", help="make shards of pictures", description="Pictures, before a run.")
     _add_pack(data.add_subparsers(dest="task", required=True, metavar="TASK"))
 
     demo = commands.add_parser("demo", help="pretrain and evaluate a small model here, in minutes")
@@ -143,7 +141,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write_json(asdict(result), arguments.json)
     if arguments.json != "-":
-        kept = f", {result.kept} of them there already" if result.kept else ""
+        kept = f" ({result.kept} were there)" if result.kept else ""
         print(
             f"{result.pictures} pictures in {result.shards} shards{kept}, {result.bytes / 1e6:.1f} MB: {result.folder}"
         )

@@ -6,6 +6,7 @@ import ctypes
 import ctypes.util
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ DECOMPRESS, RGB = 1, 0  # TJINIT_DECOMPRESS, TJPF_RGB
 COLORS = {0, 1, 2}  # TJCS_RGB, TJCS_YCbCr, TJCS_GRAY; Pillow has its own way with CMYK
 MCU_WIDTH = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8}  # of TJSAMP_444, 422, 420, GRAY and 440; the rest is left to Pillow
 # A crop is decoded smaller while its sides stay this many times those that it is resized to: measured, docs/input.md.
-KEEP = 3
+KEEP = 4
+BESIDE = 2  # pixels decoded to the left and right of a crop
 
 
 class Header(NamedTuple):
@@ -35,7 +37,7 @@ class Header(NamedTuple):
 
 
 class TurboJPEG:
-    """The decoder of one library file; each process has its own.
+    """The decoder of one library file. It keeps nothing from one picture to the next.
 
     Raises:
         OSError: no library that can be loaded. AttributeError: it is older than libjpeg-turbo 3.
@@ -53,26 +55,20 @@ class TurboJPEG:
         _declare(lib.tj3SetCroppingRegion, ctypes.c_int, handle, _Region)
         _declare(lib.tj3Decompress8, ctypes.c_int, handle, data, size, handle, ctypes.c_int, ctypes.c_int)
         self._lib = lib
-        self._handle = lib.tj3Init(DECOMPRESS)
-        if not self._handle:
-            raise OSError(f"{path} has no decoder")
 
     def __reduce__(self) -> tuple:
         return TurboJPEG, (self.path,)
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._lib.tj3Destroy(self._handle)
 
     def header(self, data: bytes) -> Header | str:
         """What a JPEG picture's header says, or why the picture is better left to Pillow."""
         if data[:2] != b"\xff\xd8":
             return "no JPEG"
-        if self._lib.tj3DecompressHeader(self._handle, data, len(data)):
-            return "a faulty header"
-        width, height, precision, colors, subsampling = (
-            self._lib.tj3Get(self._handle, what) for what in (WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING)
-        )
+        with self._read(data) as handle:
+            wanted = (WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING)
+            width, height, *kind = (self._lib.tj3Get(handle, what) for what in wanted) if handle else (0, 0)
+        if width < 1 or height < 1:  # also where the file ends before it says
+            return "JPEG with a faulty header"
+        precision, colors, subsampling = kind
         if precision != 8 or colors not in COLORS or subsampling not in MCU_WIDTH:
             return "JPEG, but not 8-bit grey or RGB of a usual kind"
         return Header(width, height, MCU_WIDTH[subsampling])
@@ -80,16 +76,27 @@ class TurboJPEG:
     def decode(self, data: bytes, box: Box, scale: int) -> np.ndarray | None:
         """RGB pixels of `box`, (left, top, width, height) at 1/`scale` of the size; None for a picture with a fault.
 
-        The picture is the one whose header was read last, and `left` is where a block of samples begins.
+        `left` has to be where a block of samples begins.
         """
         _, _, width, height = box
         pixels = np.empty((height, width, 3), dtype=np.uint8)
-        failed = (
-            self._lib.tj3SetScalingFactor(self._handle, _Fraction(1, scale))
-            or self._lib.tj3SetCroppingRegion(self._handle, _Region(*box))
-            or self._lib.tj3Decompress8(self._handle, data, len(data), pixels.ctypes.data, 3 * width, RGB)
-        )
+        with self._read(data) as handle:
+            failed = (
+                not handle
+                or self._lib.tj3SetScalingFactor(handle, _Fraction(1, scale))
+                or self._lib.tj3SetCroppingRegion(handle, _Region(*box))
+                or self._lib.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 3 * width, RGB)
+            )
         return None if failed else pixels
+
+    @contextmanager
+    def _read(self, data: bytes) -> Iterator[int | None]:
+        """A new handle that has read the header, which costs a microsecond: one that met a fault remembers it."""
+        handle = self._lib.tj3Init(DECOMPRESS)
+        try:
+            yield handle if handle and not self._lib.tj3DecompressHeader(handle, data, len(data)) else None
+        finally:
+            self._lib.tj3Destroy(handle)
 
 
 class TurboEngine(PillowEngine):
@@ -115,24 +122,28 @@ class TurboEngine(PillowEngine):
 
     def crop(self, data: bytes, box: Box, size: int) -> Crop:
         header = self.turbo.header(data)
-        pixels = None if isinstance(header, str) else self._pixels(data, box, header.block, size)
+        pixels = None if isinstance(header, str) else self._pixels(data, box, header, size)
         if pixels is not None:
             return Crop(pixels)
         return super().crop(data, box, size)._replace(aside=header if isinstance(header, str) else "JPEG with faults")
 
-    def _pixels(self, data: bytes, box: Box, block: int, size: int) -> Tensor | None:
+    def _pixels(self, data: bytes, box: Box, header: Header, size: int) -> Tensor | None:
         left, top, width, height = box
         scale = next((s for s in (8, 4, 2) if min(width, height) >= KEEP * size * s), 1)
-        # What the crop touches in the scaled picture, from the start of a block of samples.
-        x, y = left // scale // (block // scale) * (block // scale), top // scale
-        right, bottom = -(-(left + width) // scale), -(-(top + height) // scale)
-        pixels = self.turbo.decode(data, (x, y, right - x, bottom - y), scale)
+        # The pixels of the scaled picture that the crop touches. They are decoded from the start of a block of samples,
+        # and some beside them, since colours, stored at half the width, are interpolated.
+        x, y, right, bottom = left // scale, top // scale, -(-(left + width) // scale), -(-(top + height) // scale)
+        step = header.block // scale
+        first, last = max(0, x - BESIDE) // step * step, min(right + BESIDE, -(-header.width // scale))
+        pixels = self.turbo.decode(data, (first, y, last - first, bottom - y), scale)
         if pixels is None:
             return None
+        pixels = pixels[:, x - first : right - first]
         if scale == 1:
-            return resize(pixels[:, left - x :], size)
+            return resize(pixels, size)
         within = (left / scale - x, top / scale - y, (left + width) / scale - x, (top + height) / scale - y)
-        return as_tensor(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=within))
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        return as_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=within))
 
 
 def find_turbo() -> TurboJPEG:
