@@ -14,15 +14,17 @@ from typing import Any
 import yaml
 
 Pair = tuple[float, float]
+ENGINES = ("auto", "turbo", "pillow", "dali", "torchvision")  # of data.engine
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Images and how a training crop is made of one. root_path/image_folder is searched for pictures, its `train`
-    folder where there is one (the official ImageNet layout)."""
+    folder where there is one (the official ImageNet layout); they may lie in tar shards, Arrow or Parquet files."""
 
     root_path: str
     image_folder: str = ""
+    engine: str = "auto"  # what decodes and crops: turbo, pillow, dali or torchvision; auto is turbo where installed
     batch_size: int = 128  # images on each GPU
     crop_size: int = 224  # pixels
     crop_scale: Pair = (0.3, 1.0)  # fraction of the picture's area
@@ -270,6 +272,7 @@ def _check(config: Config, source: str) -> None:
     low, high = data.crop_scale
     wrong = {
         "data.batch_size must be at least 1": data.batch_size < 1,
+        f"data.engine must be one of {', '.join(ENGINES)}, got {data.engine!r}": data.engine not in ENGINES,
         "data.num_workers must be at least 0": data.num_workers < 0,
         "data.crop_size must be at least 1": data.crop_size < 1,
         "data.crop_scale must be two numbers, 0 < smallest <= largest <= 1": not 0 < low <= high <= 1,

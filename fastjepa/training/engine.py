@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastjepa.chips import chip_of
 from fastjepa.config import Config
-from fastjepa.data import Augment, Batch, TrainingBatches, find_images
+from fastjepa.data import Augment, Batch, TrainingBatches, choose_engine, find_images
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.masks import MaskCollator
@@ -176,7 +176,7 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
         with closing(profiled(batches.loader(trainer.step, end, workers, pin), trainer, end, log.say)) as stream:
             for batch in stream:
                 for line in unreadable.add(batch):
-                    log.say(f"skipped a picture that cannot be read ({len(unreadable.files)} so far): {line}")
+                    log.say(line)
                 loss, features = trainer.train_step(batch)
                 meter.add(batch, loss, features)
                 epoch_ends = trainer.step % batches.steps_per_epoch == 0
@@ -216,8 +216,9 @@ def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
         )
     except ValueError as error:
         raise ValueError(f"section mask: {error}") from None
+    augment = Augment.from_config(data, choose_engine(data.engine, pick_device(config.runtime.device)))
     folder = find_images(data.root_path, data.image_folder)
-    batches = TrainingBatches(folder, Augment.from_config(data), collator, data.batch_size, config.runtime.seed)
+    batches = TrainingBatches(folder, augment, collator, data.batch_size, config.runtime.seed)
     return batches, Unreadable(folder, data.max_corrupt)
 
 
@@ -270,7 +271,7 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
         f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "
-        f"{len(batches.folder)} pictures in {batches.folder.root}, "
+        f"{len(batches.folder)} pictures in {batches.folder.root}, read by {batches.augment.engine.name}, "
         f"{batches.steps_per_epoch} steps an epoch, masks {masks}, attention {attention}; {start} to step {end}"
     )
 
