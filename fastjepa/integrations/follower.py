@@ -46,12 +46,13 @@ class Follower:
         Raises:
             ValueError: no such submodules, or two that do not fit.
         """
-        first = self.decay if isinstance(self.decay, float | int) else self.decay(self.steps + 1)
+        state, self._pending = self._pending or {"steps": 0, "ema": None}, None
+        self.steps = int(state["steps"])
+        first = self.decay(self.steps + 1) if callable(self.decay) else self.decay
         module = None if self.teacher is None else _part(model, self.teacher)
         self.ema = EMA(self._source(model), first, module=module, **self.options)
-        if self._pending is not None:
-            self.ema.load_state_dict(self._pending)
-            self._pending = None
+        if state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
         return self.ema
 
     def follow(self, model: nn.Module, steps: int) -> None:
@@ -79,12 +80,8 @@ class Follower:
         return {"steps": self.steps, "ema": held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; before `start` it waits for that."""
-        self.steps, held = int(state["steps"]), state["ema"]
-        if self.ema is None:
-            self._pending = held
-        elif held is not None:
-            self.ema.load_state_dict(held)
+        """Have the next `start` go on from a state."""
+        self._pending = state
 
     def _source(self, model: nn.Module) -> nn.Module:
         return model if self.student is None else _part(model, self.student)

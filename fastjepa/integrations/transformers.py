@@ -94,7 +94,7 @@ class EMACallback(_Base):
             if (folder / FILE).is_file():
                 return torch.load(folder / FILE, map_location="cpu", weights_only=True)
         raise ValueError(
-            f"training resumes at step {step}, but {_folder(args, step) / FILE}, its average, is not there"
+            f"training resumes at step {step}, but its average, {_folder(args, step) / FILE}, is not there"
         )
 
 
