@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjepa.evaluation.attentive import AttentiveHeads
 from fastjepa.evaluation.labelled import LabelledPictures, TokenBatches
 from fastjepa.evaluation.logistic import LinearHeads, Standardiser
 from fastjepa.evaluation.probes import draw_few, knn_predict, linear_predict, percent
 from fastjepa.evaluation.rank import rankme
+from fastjepa.nn.vision_transformer import VisionTransformer
 
 PROBES = ("linear", "knn", "low-shot", "attentive")
 
@@ -54,7 +55,7 @@ class ProbeSettings:
 
 
 def judge(
-    encoder: nn.Module,
+    encoder: VisionTransformer,
     train: LabelledPictures,
     test: LabelledPictures,
     classes: list[str],
@@ -73,8 +74,7 @@ def judge(
     """
     settings = settings or ProbeSettings()
     began = time.perf_counter()
-    blocks: nn.ModuleList = encoder.blocks  # type: ignore[assignment]
-    layers = min(settings.layers, len(blocks)) if "linear" in settings.probes else 1
+    layers = min(settings.layers, len(encoder.blocks)) if "linear" in settings.probes else 1
     say(f"features of {len(train)} and {len(test)} pictures")
     ours, labels = train.features(encoder, layers)
     unreadable = list(train.unreadable)
@@ -144,7 +144,7 @@ class _Judged:
         return rows
 
     def attentive(
-        self, encoder: nn.Module, train: LabelledPictures, test: LabelledPictures
+        self, encoder: VisionTransformer, train: LabelledPictures, test: LabelledPictures
     ) -> list[tuple[dict[str, Any], Tensor]]:
         """Attention over the patches, over its own grid."""
         s = self.settings

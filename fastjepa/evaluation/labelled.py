@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastjepa.data import ImageFolder, UnreadableImage
 from fastjepa.evaluation.features import extract_features, judging, layer_tokens, whole_picture
+from fastjepa.nn.vision_transformer import VisionTransformer
 
 PART = 0.875  # of the square's side is seen, as in the published evaluations (256 -> 224)
 HELD_OUT = 5  # one in so many of a class is held out where the folder says nothing
@@ -65,7 +66,7 @@ class LabelledPictures(Dataset):
             if len(places):
                 yield images, places
 
-    def features(self, encoder: nn.Module, layers: int) -> tuple[Tensor, Tensor]:
+    def features(self, encoder: VisionTransformer, layers: int) -> tuple[Tensor, Tensor]:
         """Features [n, layers * D] as `extract_features` gives them, and labels int64 [n]."""
         read: list[Tensor] = []
 
@@ -84,12 +85,14 @@ class TokenBatches:
     Called with the number of an epoch it gives batches (tokens [B, N, D] on the encoder's device, labels int64 [B]).
     """
 
-    def __init__(self, encoder: nn.Module, pictures: LabelledPictures, places: Tensor, memory: int, seed: int = 0):
+    def __init__(
+        self, encoder: VisionTransformer, pictures: LabelledPictures, places: Tensor, memory: int, seed: int = 0
+    ):
         self.encoder, self.pictures, self.places, self.seed = encoder, pictures, places, seed
         self.device = next(encoder.parameters()).device
         self.kept: Tensor | None = None
         shape = encoder.patch_embed.num_patches, encoder.embed_dim
-        if len(places) * shape[0] * shape[1] * 2 <= memory:  # type: ignore[operator]
+        if len(places) * shape[0] * shape[1] * 2 <= memory:
             self._keep(shape)
 
     def _keep(self, shape: Any) -> None:

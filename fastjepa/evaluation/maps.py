@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.evaluation.features import judging, layer_tokens, normalise
+from fastjepa.nn.block import Block
+from fastjepa.nn.vision_transformer import VisionTransformer
 
 
 @torch.no_grad()
-def similarity_map(encoder: nn.Module, image: Tensor, patch: tuple[int, int]) -> Tensor:
+def similarity_map(encoder: VisionTransformer, image: Tensor, patch: tuple[int, int]) -> Tensor:
     """The cosine of every patch's feature with that of `patch`, (row, column).
 
     Features are taken less their mean over the picture, which all patches share. Shapes: image [3, H, W], uint8 or
@@ -29,7 +31,7 @@ def similarity_map(encoder: nn.Module, image: Tensor, patch: tuple[int, int]) ->
 
 
 @torch.no_grad()
-def attention_maps(encoder: nn.Module, image: Tensor, patch: tuple[int, int] | None = None) -> Tensor:
+def attention_maps(encoder: VisionTransformer, image: Tensor, patch: tuple[int, int] | None = None) -> Tensor:
     """What each head of the last block attends to: from `patch`, (row, column), or on average over all patches.
 
     Shapes: image [3, H, W], uint8 or normalised -> float32 [heads, rows, columns], each map's sum 1.
@@ -40,10 +42,10 @@ def attention_maps(encoder: nn.Module, image: Tensor, patch: tuple[int, int] | N
     rows, columns = grid_of(encoder, image)
     if patch is not None and not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
         raise ValueError(f"patch {patch[0]},{patch[1]} is not in the grid of {rows} rows and {columns} columns")
-    blocks: nn.ModuleList = encoder.blocks  # type: ignore[assignment]
-    if not len(blocks):
+    if not len(encoder.blocks):
         raise ValueError("an encoder without blocks attends to nothing")
-    block, seen = blocks[-1], []
+    block, seen = encoder.blocks[-1], []
+    assert isinstance(block, Block)
     hook = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         with judging(encoder):
@@ -51,6 +53,7 @@ def attention_maps(encoder: nn.Module, image: Tensor, patch: tuple[int, int] | N
     finally:
         hook.remove()
     norm, attention = block.norm1, block.attn
+    assert isinstance(norm, nn.LayerNorm)
     x = F.layer_norm(seen[0].float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)[: rows * columns]
     qkv = F.linear(x, attention.qkv.weight, attention.qkv.bias).view(rows * columns, 3, attention.num_heads, -1)
     query, key, _ = qkv.permute(1, 2, 0, 3)  # [H, N, d] each
@@ -61,10 +64,10 @@ def attention_maps(encoder: nn.Module, image: Tensor, patch: tuple[int, int] | N
     return weights.view(-1, rows, columns).cpu()
 
 
-def grid_of(encoder: nn.Module, image: Tensor) -> tuple[int, int]:
+def grid_of(encoder: VisionTransformer, image: Tensor) -> tuple[int, int]:
     """Rows and columns of patches in an image [3, H, W].
 
     Raises:
         ValueError: an image that the encoder does not take.
     """
-    return encoder.grid_of(normalise(image)[None] if image.dtype == torch.uint8 else image[None])  # type: ignore[operator]
+    return encoder.grid_of(normalise(image)[None] if image.dtype == torch.uint8 else image[None])

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjepa.evaluation.maps import attention_maps, grid_of, similarity_map
 from fastjepa.evaluation.pictures import STYLE, _matplotlib, shown
 from fastjepa.masks import MaskCollator
+from fastjepa.nn.vision_transformer import VisionTransformer
 
 MOST_HEADS = 16
 CONTEXT, TARGETS = "#2b6cb0", ("#d9480f", "#f59f00", "#2f9e44", "#ae3ec9", "#e64980", "#1098ad")
 
 
 def plot_similarity(
-    encoder: nn.Module, images: Tensor, out: Path, patches: Sequence[tuple[int, int]] | None = None
+    encoder: VisionTransformer, images: Tensor, out: Path, patches: Sequence[tuple[int, int]] | None = None
 ) -> Path:
     """Draw, beside each image, how alike the feature of every patch is to that of some patches, marked by a cross.
 
@@ -37,7 +38,7 @@ def plot_similarity(
     return _grid(images, cells, out, {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}, "cosine of the features")
 
 
-def plot_attention(encoder: nn.Module, images: Tensor, out: Path, patch: tuple[int, int] | None = None) -> Path:
+def plot_attention(encoder: VisionTransformer, images: Tensor, out: Path, patch: tuple[int, int] | None = None) -> Path:
     """Draw, beside each image, what the heads of the last block attend to, each map against its own largest weight.
 
     Shapes: images [k, 3, H, W]. `patch`: (row, column) that attends; None: all patches on average. Of more than 16
