@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import time
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from benchmarks.masks import SETTINGS
 from benchmarks.tables import columns
 from fastjepa import MaskCollator
-from fastjepa.data import Augment, Batch, ImageFolder, TrainingBatches, random_resized_crop
+from fastjepa.data import Augment, Batch, ImageFolder, TrainingBatches, choose_engine, random_resized_crop
 from fastjepa.evaluation.features import MEAN, STD
 
 WIDTH, HEIGHT = 500, 375  # of a picture
@@ -92,13 +93,23 @@ class Engine(Dataset):
 
 
 class FastJEPA(Engine):
-    """The pipeline of `fastjepa train`."""
+    """The pipeline of `fastjepa train`, with the engine that data.engine=auto takes."""
 
     name = "fastjepa"
+    decoder = "auto"
 
     def __init__(self, root: Path, batch: int):
         super().__init__(root, batch)
-        self.ours = TrainingBatches(self.folder, Augment(CROP, SCALE), self.masks, batch, SEED)
+        augment = Augment(CROP, SCALE, engine=choose_engine(self.decoder))
+        self.ours = TrainingBatches(self.folder, augment, self.masks, batch, SEED)
+
+    @classmethod
+    def absent(cls) -> str | None:
+        try:
+            choose_engine(cls.decoder)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def batches(self, workers: int) -> Iterator[Any]:
         return self.ours.loader(0, ENDLESS, workers, pin=False)
@@ -107,9 +118,32 @@ class FastJEPA(Engine):
         found = []
         for draw in range(SAMPLES):
             index = draw % len(self.paths)
-            crop = self.ours.augment(self.folder.load(index), _stream(draw))
-            found.append(Sample(self.paths[index], self.box(draw), crop.float()))
+            crop = self.ours.augment(self.folder.read(index), _stream(draw))
+            if crop.aside:
+                raise RuntimeError(f"{self.ours.augment.engine.name} left a picture to Pillow: {crop.aside}")
+            found.append(Sample(self.paths[index], self.box(draw), crop.pixels.float()))
         return found
+
+
+class FastJEPAPillow(FastJEPA):
+    """The same with data.engine=pillow: the reference."""
+
+    name = "fastjepa, engine pillow"
+    decoder = "pillow"
+
+
+class FastJEPADALI(FastJEPA):
+    """The same with data.engine=dali, in the workers."""
+
+    name = "fastjepa, engine dali"
+    decoder = "dali"
+
+
+class FastJEPATorchvision(FastJEPA):
+    """The same with data.engine=torchvision, in the workers."""
+
+    name = "fastjepa, engine torchvision"
+    decoder = "torchvision"
 
 
 class PerPicture(Engine):
@@ -288,7 +322,8 @@ class DALIOnGPU(DALI):
         return _missing("nvidia.dali") or _no_gpu()
 
 
-ENGINES = (FastJEPA, Published, DecodeOnly, Torchvision, SimpleJPEG, DALI, NvJPEG, DALIOnGPU)
+OURS = (FastJEPA, FastJEPAPillow, FastJEPADALI, FastJEPATorchvision)
+ENGINES = (*OURS, Published, DecodeOnly, Torchvision, SimpleJPEG, DALI, NvJPEG, DALIOnGPU)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -340,6 +375,9 @@ def _line(row: dict) -> dict[str, Any]:
         "spread": f"{row['spread']:.0f}",
         "a core": f"{row['images_per_second_per_core']:.0f}",
         "x published": f"{row['over_published']:.2f}" if "over_published" in row else None,
+        "CPU ms/image": f"{row['cpu_ms']:.2f}" if "cpu_ms" in row else None,
+        "x published, CPU": f"{row['cpu_over_published']:.2f}" if "cpu_over_published" in row else None,
+        "x one worker": f"{row['over_one_worker']:.2f}" if "over_one_worker" in row else None,
         "error/255": f"{row['error']:.2f}" if "error" in row else None,
     }
     return shown | {f"cores for {rate}/s": row[f"cores_for_{rate}"] for rate in NEEDED}
@@ -354,7 +392,10 @@ def measure(
     `absent` where the engine is not here. Decoding on the GPU has one row: its only worker is the training process.
     `picture_bytes` is the mean of a file, `spread` the fastest window less the slowest, `cores_for_755` how many cores
     give 755 images a second at the rate of one, `over_published` the rate over the published way's with as many
-    workers.
+    workers, `over_one_worker` the rate over that of one worker.
+
+    `cpu_ms` is what an image costs the workers in time of a processor, whoever else uses the machine, where the system
+    tells it; `cpu_over_published` is the published way's over it.
 
     Raises:
         ValueError: no pictures, workers or seconds.
@@ -367,7 +408,7 @@ def measure(
         batch = min(BATCH, pictures)
         common = {"batch": batch, "pictures": pictures, "picture_bytes": size}
         rows: list[dict] = []
-        timed: list[tuple[dict, Engine, list[float]]] = []
+        timed: list[tuple[dict, Engine, list[Window]]] = []
         for kind in engines:
             row, engine = _checked(kind, Path(folder), batch)
             for count in (1,) if kind.in_process else dict.fromkeys(workers):
@@ -377,16 +418,29 @@ def measure(
         for _ in range(REPEATS):  # engines in turn, so that a slow moment of the machine meets all of them
             for row, engine, rates in timed:
                 rates.append(_window(engine, row["workers"], seconds / REPEATS))
-    for row, _, rates in timed:
+    for row, _, windows in timed:
+        rates = [window.rate for window in windows]
         rate = statistics.median(rates)
         each = rate / min(row["workers"], len(_cores()))
         row |= {"images_per_second": rate, "spread": max(rates) - min(rates), "images_per_second_per_core": each}
         row |= {f"cores_for_{needed}": math.ceil(needed / each) for needed in NEEDED}
-    published = {row["workers"]: row["images_per_second"] for row, engine, _ in timed if isinstance(engine, Published)}
-    for row, _, _ in timed:
-        if row["workers"] in published:
-            row["over_published"] = row["images_per_second"] / published[row["workers"]]
+        if used := [1e3 * window.cpu for window in windows if window.cpu]:
+            row["cpu_ms"] = statistics.median(used)
+    _compare(timed)
     return rows
+
+
+def _compare(timed: Sequence[tuple[dict, Engine, Any]]) -> None:
+    """Put into the rows how they stand to the published way, and to themselves with one worker."""
+    published = {row["workers"]: row for row, engine, _ in timed if isinstance(engine, Published)}
+    alone = {row["engine"]: row["images_per_second"] for row, _, _ in timed if row["workers"] == 1}
+    for row, _, _ in timed:
+        if theirs := published.get(row["workers"]):
+            row["over_published"] = row["images_per_second"] / theirs["images_per_second"]
+            if "cpu_ms" in row and "cpu_ms" in theirs:
+                row["cpu_over_published"] = theirs["cpu_ms"] / row["cpu_ms"]
+        if row["workers"] > 1 and row["engine"] in alone:
+            row["over_one_worker"] = row["images_per_second"] / alone[row["engine"]]
 
 
 def make_pictures(root: Path, count: int, seed: int = SEED) -> float:
@@ -434,7 +488,7 @@ def _checked(kind: type[Engine], root: Path, batch: int) -> tuple[dict, Engine |
         first = next(engine.batches(1))
     except Exception as failure:  # whatever a peer does, the others have their rows
         traceback.clear_frames(failure.__traceback__)  # which hold the workers, in a circle with the failure
-        return {"wrong" if kind is FastJEPA else "absent": f"fails: {_one_line(failure)}"}, None
+        return {"wrong" if issubclass(kind, FastJEPA) else "absent": f"fails: {_one_line(failure)}"}, None
     row = {"error": error, "error_allowed": kind.allowed}
     shape = tuple((first.images if isinstance(first, Batch) else first[0]).shape)
     if not error <= kind.allowed:
@@ -472,8 +526,15 @@ def _made(engine: Engine) -> list[Sample]:
     return next(iter(DataLoader(_Samples(engine), None, sampler=range(1), num_workers=1, timeout=TIMEOUT)))
 
 
-def _window(engine: Engine, workers: int, seconds: float) -> float:
-    """Images a second in whole rounds of a batch from each worker, after a first round in which the workers start."""
+class Window(NamedTuple):
+    """Images a second, and the seconds of a processor that each took in the workers, where the system tells."""
+
+    rate: float
+    cpu: float | None
+
+
+def _window(engine: Engine, workers: int, seconds: float) -> Window:
+    """Whole rounds of a batch from each worker, after a first round in which the workers start."""
     end = time.perf_counter() + seconds
     with _on_cores(workers):  # what is started here stays there
         batches = engine.batches(workers)
@@ -482,13 +543,24 @@ def _window(engine: Engine, workers: int, seconds: float) -> float:
     return _rate(batches, engine.batch, workers, end)
 
 
-def _rate(batches: Iterator[Any], batch: int, workers: int, end: float) -> float:
+def _rate(batches: Iterator[Any], batch: int, workers: int, end: float) -> Window:
     _take(batches, workers)
-    start, count = time.perf_counter(), 0
+    processes = [child.pid for child in multiprocessing.active_children() if child.pid]
+    used, start, count = _cpu_time(processes), time.perf_counter(), 0
     while not count or time.perf_counter() < end:
         _take(batches, workers)
         count += workers * batch
-    return count / (time.perf_counter() - start)
+    rate = count / (time.perf_counter() - start)
+    return Window(rate, (_cpu_time(processes) - used) / count if used else None)
+
+
+def _cpu_time(processes: Sequence[int]) -> float:
+    """Seconds of a processor that processes have taken; 0 where the system does not tell."""
+    try:
+        spent = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in processes]
+    except OSError:
+        return 0.0
+    return sum(int(user) + int(system) for user, system in spent) / os.sysconf("SC_CLK_TCK")
 
 
 def _take(batches: Iterator[Any], count: int) -> None:

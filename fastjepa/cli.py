@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
     train.set_defaults(run=_train)
 
+    data = commands.add_parser("data", help="make shards of pictures", description="Pictures, before a run.")
+    _add_pack(data.add_subparsers(dest="task", required=True, metavar="TASK"))
+
     demo = commands.add_parser("demo", help="pretrain and evaluate a small model here, in minutes")
     demo.add_argument("--data", metavar="FOLDER", type=Path, help="your own folder of pictures")
     demo.add_argument("--out", metavar="FOLDER", type=Path, default=Path("runs/demo"), help="default: %(default)s")
@@ -122,6 +125,20 @@ def _add_show(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_show)
 
 
+def _add_pack(tasks: argparse._SubParsersAction) -> None:
+    pack = tasks.add_parser(
+        "pack",
+        help="pictures into WebDataset shards",
+        description="Pictures into tar shards with an index beside each, unchanged; called again, it goes on.",
+    )
+    pack.add_argument("source", help="a folder of pictures, shards or Parquet files, or a data set on disk")
+    pack.add_argument("out", metavar="OUT", help="folder of the shards")
+    pack.add_argument("--shard-size", type=int, default=5000, metavar="PICTURES", help="default: %(default)s")
+    pack.add_argument("--shuffle", type=int, metavar="SEED", help="default: in the order of the source")
+    pack.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
+    pack.set_defaults(run=_pack)
+
+
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     """The options of `plan`; None where nothing is asked for."""
     plan.description = "Plan a run by a written model, and say of each figure what it rests on."
@@ -167,6 +184,23 @@ def _train(arguments: argparse.Namespace) -> int:
         _write_json(summary, arguments.json)
     if arguments.json != "-":
         print(f"{result.steps} steps done, loss {result.loss:.4f}; checkpoint: {result.checkpoint}")
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from fastjepa.data.pack import pack
+    from fastjepa.data.sources import open_pictures
+
+    result = pack(open_pictures(arguments.source), arguments.out, arguments.shard_size, arguments.shuffle)
+    if arguments.json:
+        _write_json(asdict(result), arguments.json)
+    if arguments.json != "-":
+        kept = f" ({result.kept} were there)" if result.kept else ""
+        print(
+            f"{result.pictures} pictures in {result.shards} shards{kept}, {result.bytes / 1e6:.1f} MB: {result.folder}"
+        )
     return 0
 
 

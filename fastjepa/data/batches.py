@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastjepa.data.augment import Augment
-from fastjepa.data.folder import ImageFolder, UnreadableImage
+from fastjepa.data.drawing import Placed, draw_crops, finish_crops
+from fastjepa.data.order import EpochOrder
+from fastjepa.data.pictures import Pictures, UnreadableImage
 from fastjepa.masks import MaskCollator
 from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 Masks = list[Tensor] | Ragged
-
-REPLACEMENTS = 20  # other pictures tried in place of an unreadable one
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Batch:
     """One step's input.
 
     Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; targets of masks_pred; samples int64 [B],
-    index of each picture; unreadable: what could not be read while making it, a line each (another picture stands in).
+    index of each picture; num_patches: N, of a whole picture; unreadable: what could not be read while making it, a
+    line each (another picture stands in); fallback: the first picture that the engine left to Pillow, and why.
     """
 
     images: Tensor
@@ -35,7 +36,9 @@ class Batch:
     masks_pred: Masks
     targets: TargetRows
     samples: Tensor
+    num_patches: int
     unreadable: tuple[str, ...] = ()
+    fallback: str | None = None
 
     def pin_memory(self) -> Batch:
         """In page-locked memory (the DataLoader calls it)."""
@@ -64,41 +67,84 @@ class Batch:
             return len(self.masks_enc.values)
         return sum(m.numel() for m in self.masks_enc)
 
+    def parts(self, count: int) -> list[tuple[Batch, float]]:
+        """The batch in `count` parts of equal numbers of images, and the share of the target tokens that each has.
+
+        The losses of the parts, each times its share, add up to the batch's. For batches on the CPU.
+
+        Raises:
+            ValueError: a count that does not divide the images.
+        """
+        images = len(self.images)
+        if count < 1 or images % count:
+            raise ValueError(f"a batch of {images} images cannot be taken in {count} equal parts")
+        if count == 1:
+            return [(self, 1.0)]
+        size = images // count
+        found = [self._part(start, start + size) for start in range(0, images, size)]
+        tokens = [len(part.targets.place) for part in found]
+        return [(part, n / sum(tokens) if sum(tokens) else 0.0) for part, n in zip(found, tokens, strict=True)]
+
+    def _part(self, start: int, end: int) -> Batch:
+        masks_enc, masks_pred = (
+            masks.of_images(start, end) if isinstance(masks, Ragged) else [m[start:end] for m in masks]
+            for masks in (self.masks_enc, self.masks_pred)
+        )
+        targets = TargetRows.build(masks_pred, end - start, self.num_patches)
+        images, samples = self.images[start:end], self.samples[start:end]
+        return replace(
+            self, images=images, masks_enc=masks_enc, masks_pred=masks_pred, targets=targets, samples=samples
+        )
+
 
 class TrainingBatches(Dataset):
     """Batch number `step`: pictures of a permutation drawn for each epoch, crops and masks drawn for each step.
 
-    Everything follows from (seed, step), so neither the number of workers nor an interruption changes a batch. The
-    pictures left over at the end of an epoch, fewer than a batch, are dropped, as in the published code.
+    Everything follows from (seed, step), so neither the number of workers nor an interruption changes a batch. Of
+    `world` processes that train together, the one of `rank` takes its `batch_size` of the step's pictures. The pictures
+    left over at the end of an epoch, fewer than a step needs, are dropped, as in the published code.
 
     Raises:
-        ValueError: fewer pictures than a batch needs.
+        ValueError: fewer pictures than a step needs, a rank that is not one of `world`, or an engine that cannot do
+            what `augment` asks of it.
     """
 
-    def __init__(self, folder: ImageFolder, augment: Augment, masks: MaskCollator, batch_size: int, seed: int = 0):
-        if len(folder) < batch_size:
+    def __init__(
+        self,
+        folder: Pictures,
+        augment: Augment,
+        masks: MaskCollator,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be one of 0 to world - 1, got rank={rank} and world={world}")
+        if len(folder) < batch_size * world:
+            processes = f" for each of {world} processes" if world > 1 else ""
             raise ValueError(
-                f"data.batch_size={batch_size} is more than the {len(folder)} pictures in {folder.root}; lower it"
+                f"data.batch_size={batch_size}{processes} is more than the {len(folder)} pictures in {folder.root}; "
+                "lower it"
             )
         self.folder, self.augment, self.masks = folder, augment, masks
-        self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch = len(folder) // batch_size
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.steps_per_epoch = len(folder) // (batch_size * world)
+        if augment.engine.late and (augment.color_distortion or augment.gaussian_blur):
+            raise ValueError(
+                f"data.engine={augment.engine.name} decodes on the device, without colour distortion or blur; "
+                "turbo and pillow do them in the workers"
+            )
+        self.order = EpochOrder(len(folder), seed, folder.blocks)
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.folder))
-        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-        rng = np.random.default_rng([self.seed, 1, step])
-        unreadable: list[str] = []
-        images, samples = zip(*(self._crop(int(i), rng, unreadable) for i in chosen), strict=True)
-        masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, step])
-        targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
-        return Batch(torch.stack(images), masks_enc, masks_pred, targets, torch.tensor(samples), tuple(unreadable))
+        """The batch of `step`."""
+        return self._finish(self._make(step))
 
     def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
         """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""
         loader = DataLoader(
-            self,
+            _Made(self),
             batch_size=None,
             sampler=range(start, end),
             num_workers=workers,
@@ -106,19 +152,46 @@ class TrainingBatches(Dataset):
             collate_fn=_whole,
             generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
-        return iter(loader)
+        return (self._finish(made) for made in loader)
 
-    def _crop(self, index: int, rng: np.random.Generator, unreadable: list[str]) -> tuple[Tensor, int]:
-        """A crop of picture `index`, or of another where it cannot be read, with a random stream of its own."""
-        stream = rng.spawn(1)[0]
-        for _ in range(REPLACEMENTS):
-            try:
-                return self.augment(self.folder.load(index), stream), index
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-                index = int(stream.integers(len(self.folder)))
-        blank = torch.zeros(3, self.augment.crop_size, self.augment.crop_size, dtype=torch.uint8)
-        return blank, -1  # the run ends on so many unreadable pictures; see `Unreadable`
+    def _make(self, step: int) -> tuple[Batch, list[Placed]]:
+        """What a worker does for a step; pictures that are decoded late come encoded beside the batch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        number = step * self.world + self.rank  # each process draws from streams of its own
+        first = (place * self.world + self.rank) * self.batch_size
+        chosen = self.order(epoch)[first : first + self.batch_size].tolist()
+        streams = np.random.default_rng([self.seed, 1, number]).spawn(len(chosen))
+        drawn = draw_crops(self.folder, self.augment, chosen, streams)
+        masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, number])
+        patches = self.masks.height * self.masks.width
+        targets = TargetRows.build(masks_pred, self.batch_size, patches)
+        # default_collate: in a worker, straight into shared memory.
+        images = default_collate(drawn.crops) if drawn.crops else torch.empty(0, dtype=torch.uint8)
+        samples = torch.tensor(drawn.samples)
+        unreadable = tuple(drawn.unreadable)
+        return Batch(images, masks_enc, masks_pred, targets, samples, patches, unreadable, drawn.fallback), drawn.placed
+
+    def _finish(self, made: tuple[Batch, list[Placed]]) -> Batch:
+        """The batch, with what its worker left to the process that trains."""
+        batch, placed = made
+        if not placed:
+            return batch
+        try:
+            images, fallback = finish_crops(self.augment, placed)
+        except UnreadableImage as error:
+            name = self.augment.engine.name
+            raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
+        return replace(batch, images=images, fallback=fallback)
+
+
+class _Made(Dataset):
+    """What workers do, by step."""
+
+    def __init__(self, batches: TrainingBatches):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> tuple[Batch, list[Placed]]:
+        return self.batches._make(step)
 
 
 class Unreadable:
@@ -128,25 +201,32 @@ class Unreadable:
     fewer.
     """
 
-    def __init__(self, folder: ImageFolder, fraction: float):
+    def __init__(self, folder: Pictures, fraction: float):
         self.limit = int(max(fraction * len(folder), min(10, len(folder) // 4)))
         self.total = len(folder)
         self.files: dict[str, None] = {}
+        self.fallback: str | None = None
 
     def add(self, batch: Batch) -> list[str]:
-        """Lines of `batch` about pictures not yet known to be unreadable.
+        """What is new of `batch` and worth a line: pictures not yet known to be unreadable, the first left to Pillow.
 
         Raises:
             ValueError: too many pictures cannot be read; names the newest.
         """
-        new = [line for line in dict.fromkeys(batch.unreadable) if line not in self.files]
-        self.files.update(dict.fromkeys(new))
+        said = []
+        for line in dict.fromkeys(batch.unreadable):
+            if line not in self.files:
+                self.files[line] = None
+                said.append(f"skipped a picture that cannot be read ({len(self.files)} so far): {line}")
         if len(self.files) > self.limit:
             raise ValueError(
                 f"{len(self.files)} of the {self.total} pictures cannot be read, more than data.max_corrupt allows "
                 f"({self.limit}); the last: {next(reversed(self.files))}"
             )
-        return new
+        if batch.fallback and not self.fallback:
+            self.fallback = batch.fallback
+            said.append(f"read by Pillow, as will be others like it: {self.fallback}")
+        return said
 
 
 def _whole(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastjepa.checkpoint import read_checkpoint
 from fastjepa.data import ImageFolder, UnreadableImage
+from fastjepa.data.sources import open_pictures
 from fastjepa.evaluation.features import whole_picture
 from fastjepa.evaluation.overlays import plot_attention, plot_masks, plot_similarity
 from fastjepa.evaluation.pictures import plot_features
@@ -62,7 +63,7 @@ def show_checkpoint(
 
     Arguments:
         checkpoint, model, num_heads: as `fastjepa.load_encoder`.
-        data: a picture, or a folder, of whose pictures `count` are chosen by the seed.
+        data: a picture, or what `open_pictures` takes, a folder say, of whose pictures `count` are chosen by the seed.
         scale: show the encoder pictures so many times as large as in training, for finer maps.
         patch: (row, column) that similarity and attention are of; None: three for similarity, all for attention.
 
@@ -100,22 +101,22 @@ def show_checkpoint(
 
 def _pictures(data: Path, size: int, count: int, seed: int) -> tuple[Tensor, list[str]]:
     """uint8 [k, 3, size, size] and the pictures' names."""
-    one = data.is_file()
-    folder = ImageFolder(data.parent if one else data)
-    if one:
-        if data not in folder.paths:
+    if data.is_file() and data.suffix not in (".tar", ".parquet"):
+        source = ImageFolder(data.parent)
+        if data not in source.paths:
             raise ValueError(f"{data} is no picture")
-        order = [folder.paths.index(data)]
+        order = [source.paths.index(data)]
     else:
-        order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed)).tolist()
+        source = open_pictures(data)
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
     images, names, reason = [], [], ""
     for index in order:
         try:
-            images.append(whole_picture(folder.load(index), size))
+            images.append(whole_picture(source.load(index), size))
         except UnreadableImage as error:
             reason = f"; the last that cannot be read: {error}"
             continue
-        names.append(folder.paths[index].name)
+        names.append(Path(source.name(index)).name)
         if len(images) == count:
             break
     if not images:

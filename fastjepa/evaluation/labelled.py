@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastjepa.data import ImageFolder, UnreadableImage
+from fastjepa.data import Pictures, UnreadableImage
+from fastjepa.data.sources import open_pictures
 from fastjepa.evaluation.features import extract_features, judging, layer_tokens, whole_picture
 from fastjepa.nn.vision_transformer import VisionTransformer
 
@@ -25,12 +26,12 @@ MAX_UNREADABLE = 0.01
 
 @dataclass(frozen=True)
 class LabelledPictures(Dataset):
-    """Some pictures of a folder, each with the number of its class; a picture as uint8 [3, size, size].
+    """Some pictures of a source, each with the number of its class; a picture as uint8 [3, size, size].
 
     Shapes: labels int64 [n]. Iterating `batches` leaves out pictures that cannot be read.
     """
 
-    folder: ImageFolder
+    source: Pictures
     chosen: list[int]
     labels: Tensor
     size: int
@@ -44,7 +45,7 @@ class LabelledPictures(Dataset):
     def __getitem__(self, place: int) -> tuple[Tensor | None, int, str]:
         """(picture, place, ""), or (None, place, why it cannot be read)."""
         try:
-            return whole_picture(self.folder.load(self.chosen[place]), self.size, PART), place, ""
+            return whole_picture(self.source.load(self.chosen[place]), self.size, PART), place, ""
         except UnreadableImage as error:
             return None, place, str(error)
 
@@ -62,7 +63,7 @@ class LabelledPictures(Dataset):
         for images, places, reasons in loader:
             self.unreadable.extend(reasons)
             if len(self.unreadable) > max(1, MAX_UNREADABLE * len(self)):
-                raise ValueError(f"too many pictures of {self.folder.root} cannot be read; the last: {reasons[-1]}")
+                raise ValueError(f"too many pictures of {self.source.root} cannot be read; the last: {reasons[-1]}")
             if len(places):
                 yield images, places
 
@@ -131,23 +132,24 @@ class TokenBatches:
 def labelled_pictures(
     data: str | os.PathLike[str],
     test: str | os.PathLike[str] | None,
-    make: Callable[[ImageFolder, list[int], Tensor], LabelledPictures],
+    make: Callable[[Pictures, list[int], Tensor], LabelledPictures],
     seed: int = 0,
 ) -> tuple[LabelledPictures, LabelledPictures, list[str], str]:
     """Pictures to fit on and to judge by, the names of their classes, and a line that says which they are.
 
     Arguments:
-        data: a folder with a folder a class; or with `train` and `val` (or `test`, `validation`) that have these.
-        test: the folder to judge by. None: data's own, else a fifth of each class, chosen by the seed.
+        data: what `open_pictures` takes, a folder with a folder a class, say; or one with `train` and `val` (or `test`,
+            `validation`) of that kind.
+        test: the like, to judge by. None: data's own, else a fifth of each class, chosen by the seed.
 
     Raises:
-        ValueError: no such folders, fewer than two classes, or classes in one that the other lacks.
+        ValueError: no such pictures, fewer than two classes, or classes in one that the other lacks.
     """
     root = Path(data)
     held = Path(test) if test is not None else next((root / n for n in TEST_FOLDERS if (root / n).is_dir()), None)
-    fitted = ImageFolder(root / "train" if (root / "train").is_dir() else root)
+    fitted = open_pictures(root / "train" if (root / "train").is_dir() else root)
     if len(fitted.classes) < 2:
-        raise ValueError(f"{fitted.root} has no two folders with pictures; each class is one, named as the class")
+        raise ValueError(f"{fitted.root} has fewer than two classes of pictures; in a folder, each class is a folder")
     numbers = {name: number for number, name in enumerate(fitted.classes)}
     everything = [i for i, label in enumerate(fitted.labels) if label >= 0]
     if held is None:
@@ -155,29 +157,29 @@ def labelled_pictures(
         line = f"{len(ours)} pictures of {root} to fit probes on, {len(theirs)} others, one in {HELD_OUT}, to judge by"
         sets = [(fitted, ours), (fitted, theirs)]
     else:
-        judged = ImageFolder(held)
+        judged = open_pictures(held)
         unknown = [name for name in judged.classes if name not in numbers]
         if unknown or not judged.classes:
-            what = f"has the class {unknown[0]}, which {fitted.root} has not" if unknown else "has no class folders"
+            what = f"has the class {unknown[0]}, which {fitted.root} has not" if unknown else "has no classes"
             raise ValueError(f"{held} {what}")
         theirs = [i for i, label in enumerate(judged.labels) if label >= 0]
         line = f"{len(everything)} pictures of {fitted.root} to fit probes on, {len(theirs)} of {held} to judge by"
         sets = [(fitted, everything), (judged, theirs)]
     found = [
-        make(folder, chosen, torch.tensor([numbers[folder.classes[folder.labels[i]]] for i in chosen]))
-        for folder, chosen in sets
+        make(source, chosen, torch.tensor([numbers[source.classes[source.labels[i]]] for i in chosen]))
+        for source, chosen in sets
     ]
     return found[0], found[1], fitted.classes, line
 
 
-def _split(folder: ImageFolder, everything: list[int], seed: int) -> tuple[list[int], list[int]]:
+def _split(source: Pictures, everything: list[int], seed: int) -> tuple[list[int], list[int]]:
     rng = np.random.default_rng(seed)
     held: set[int] = set()
-    for label in range(len(folder.classes)):
-        members = [i for i in everything if folder.labels[i] == label]
+    for label in range(len(source.classes)):
+        members = [i for i in everything if source.labels[i] == label]
         if len(members) < HELD_OUT:
             raise ValueError(
-                f"{folder.root} has {len(members)} pictures of {folder.classes[label]}; at least {HELD_OUT} are needed "
+                f"{source.root} has {len(members)} pictures of {source.classes[label]}; at least {HELD_OUT} are needed "
                 "to hold one out, or a folder to judge by (--test)"
             )
         held |= set(rng.permutation(members)[: len(members) // HELD_OUT].tolist())

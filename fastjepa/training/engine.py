@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fastjepa.chips import chip_of
 from fastjepa.config import Config
-from fastjepa.data import Augment, Batch, TrainingBatches, find_images
+from fastjepa.data import Augment, Batch, TrainingBatches, choose_engine, find_images
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.masks import MaskCollator
-from fastjepa.nn import set_attention_backend
+from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set_narrow_stream
 from fastjepa.objective import IJEPA
 from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
@@ -54,7 +54,9 @@ class Trainer:
             set_attention_backend(self.model, config.runtime.attention)
         except ValueError as error:
             raise ValueError(f"runtime.attention: {error}") from None
-        self.optimizer = build_optimizer(self.model)
+        set_activation_checkpointing(self.model, config.runtime.activation_checkpointing)
+        set_narrow_stream(self.model, config.runtime.narrow_stream)
+        self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
         self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
@@ -65,24 +67,31 @@ class Trainer:
         return (images.float() / 255 - self._mean) / self._std
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One step on a batch that is on the device; (loss, target features), nothing read back.
+        """One step on a batch that is on the CPU; (loss, target features), nothing read back.
 
         The features are of whole images on the steps whose features are watched, else of the targets' tokens.
         """
-        targets = None if self.step % self.config.logging.watch_every == 0 else batch.targets
+        watched = self.step % self.config.logging.watch_every == 0
         lr, weight_decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             if not group.get("WD_exclude"):
                 group["weight_decay"] = weight_decay
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
-            loss, features = self.model(self.normalise(batch.images), batch.masks_enc, batch.masks_pred, targets)
-        loss.backward()
+        losses, features = [], []
+        for part, share in batch.parts(self.config.runtime.accumulate):
+            part = part.to(self.device)
+            targets = None if watched else part.targets
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
+                loss, seen = self.model(self.normalise(part.images), part.masks_enc, part.masks_pred, targets)
+                loss = loss * share if share != 1.0 else loss
+            loss.backward()
+            losses.append(loss.detach())
+            features.append(seen)
         self.optimizer.momentum = self.schedules.momentum(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.detach(), features
+        return (torch.stack(losses).sum(), torch.cat(features)) if len(losses) > 1 else (losses[0], features[0])
 
     def state(self, loss: float) -> dict:
         """What a checkpoint of this moment holds."""
@@ -167,8 +176,8 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
         with closing(profiled(batches.loader(trainer.step, end, workers, pin), trainer, end, log.say)) as stream:
             for batch in stream:
                 for line in unreadable.add(batch):
-                    log.say(f"skipped a picture that cannot be read ({len(unreadable.files)} so far): {line}")
-                loss, features = trainer.train_step(batch.to(trainer.device))
+                    log.say(line)
+                loss, features = trainer.train_step(batch)
                 meter.add(batch, loss, features)
                 epoch_ends = trainer.step % batches.steps_per_epoch == 0
                 saves = epoch_ends or trainer.step % save_every == 0 or trainer.step == end
@@ -207,8 +216,9 @@ def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
         )
     except ValueError as error:
         raise ValueError(f"section mask: {error}") from None
+    augment = Augment.from_config(data, choose_engine(data.engine, pick_device(config.runtime.device)))
     folder = find_images(data.root_path, data.image_folder)
-    batches = TrainingBatches(folder, Augment.from_config(data), collator, data.batch_size, config.runtime.seed)
+    batches = TrainingBatches(folder, augment, collator, data.batch_size, config.runtime.seed)
     return batches, Unreadable(folder, data.max_corrupt)
 
 
@@ -261,7 +271,7 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
         f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "
-        f"{len(batches.folder)} pictures in {batches.folder.root}, "
+        f"{len(batches.folder)} pictures in {batches.folder.root}, read by {batches.augment.engine.name}, "
         f"{batches.steps_per_epoch} steps an epoch, masks {masks}, attention {attention}; {start} to step {end}"
     )
 

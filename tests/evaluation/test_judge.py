@@ -15,6 +15,8 @@ from PIL import Image
 from fastjepa import vit_tiny
 from fastjepa.checkpoint import write_checkpoint
 from fastjepa.cli import main
+from fastjepa.data.pack import pack
+from fastjepa.data.sources import open_pictures
 from fastjepa.evaluation import ProbeSettings, evaluate_checkpoint, judge
 from fastjepa.evaluation.features import extract_features, whole_picture
 from fastjepa.evaluation.labelled import LabelledPictures, TokenBatches, labelled_pictures
@@ -121,7 +123,7 @@ def test_a_folder_without_a_split_is_split_by_class(tmp_path):
     assert not set(train.chosen) & set(test.chosen)
     assert labelled_pictures(tmp_path / "d", None, make, seed=5)[1].chosen == test.chosen
     assert "14 pictures" in line
-    assert torch.equal(train[0][0], whole_picture(train.folder.load(train.chosen[0]), 16, 0.875))
+    assert torch.equal(train[0][0], whole_picture(train.source.load(train.chosen[0]), 16, 0.875))
 
 
 def test_classes_are_matched_by_name(tmp_path, data):
@@ -187,10 +189,21 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, data, capsys, change, me
     assert not [line for line in error if "Traceback" in line]
 
 
+def test_shards_do_too(encoder, data, tmp_path):
+    make = partial(LabelledPictures, size=16, batch_size=32)
+    for part in ("train", "val"):
+        pack(open_pictures(data / part), tmp_path / part, shard_size=20, quiet=True)
+    train, test, classes, _ = labelled_pictures(tmp_path, None, make)
+    assert classes == ["ant", "bee", "cat"]
+    ours = judge(encoder, train, test, classes, QUICK)
+    theirs = judge(encoder, *sets(data)[:2], classes, QUICK)
+    assert [r["accuracy"] for r in ours["rows"][:3]] == [r["accuracy"] for r in theirs["rows"][:3]]
+
+
 def test_too_few_pictures(tmp_path, checkpoint):
     make_classes(tmp_path / "d", {"a": 4, "b": 6})
     with pytest.raises(ValueError, match="has 4 pictures of a; at least 5 are needed"):
         evaluate_checkpoint(checkpoint, tmp_path / "d", num_heads=2)
     make_classes(tmp_path / "one", {"a": 4})
-    with pytest.raises(ValueError, match="no two folders with pictures"):
+    with pytest.raises(ValueError, match="fewer than two classes of pictures"):
         evaluate_checkpoint(checkpoint, tmp_path / "one", num_heads=2)
