@@ -29,7 +29,7 @@ class ProbeSettings:
 
     probes: tuple[str, ...] = PROBES
     layers: int = 4  # the linear probe takes the last one's features, and those of so many last ones side by side
-    lr: tuple[float, ...] = (0.001, 0.01, 0.05, 0.2)
+    lr: tuple[float, ...] = (0.003, 0.02, 0.1, 0.5, 2.0)
     weight_decay: tuple[float, ...] = (0.0, 5e-4, 5e-3)
     epochs: int = 28
     neighbours: int = 10

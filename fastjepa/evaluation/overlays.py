@@ -15,7 +15,7 @@ from fastjepa.masks import MaskCollator
 from fastjepa.nn.vision_transformer import VisionTransformer
 
 MOST_HEADS = 16
-CONTEXT, TARGETS = "#2b6cb0", ("#d9480f", "#f59f00", "#2f9e44", "#ae3ec9", "#e64980", "#1098ad")
+TARGETS = ("#d9480f", "#f59f00", "#2f9e44", "#ae3ec9", "#e64980", "#1098ad")
 
 
 def plot_similarity(
@@ -92,16 +92,19 @@ def _draw_masks(
     light = np.kron(seen.reshape(grid), np.ones((round(high), round(wide))))[..., None]
     floating = picture.astype(np.float64) / (255 if picture.dtype == np.uint8 else 1)
     axis.imshow(floating * (0.25 + 0.75 * light) + 0.15 * (1 - light))
-    for target, colour in zip(targets, TARGETS * len(targets), strict=False):
+    for number, target in enumerate(targets):
+        colour, width = TARGETS[number % len(TARGETS)], max(1.2, 5.5 - 1.3 * number)  # none hides the one below
         inside = np.zeros(rows * columns, dtype=bool)
         inside[target] = True
         for (row, column), here in np.ndenumerate(inside.reshape(grid)):
             if here:
-                _frame(axis, inside.reshape(grid), row, column, (high, wide), colour)
+                _frame(axis, inside.reshape(grid), row, column, (high, wide), {"color": colour, "linewidth": width})
     axis.set_axis_off()
 
 
-def _frame(axis: Any, inside: np.ndarray, row: int, column: int, size: tuple[float, float], colour: str) -> None:
+def _frame(
+    axis: Any, inside: np.ndarray, row: int, column: int, size: tuple[float, float], style: dict[str, Any]
+) -> None:
     """The sides of one patch that lie on the border of its target."""
     high, wide = size
     top, left = row * high - 0.5, column * wide - 0.5
@@ -114,7 +117,7 @@ def _frame(axis: Any, inside: np.ndarray, row: int, column: int, size: tuple[flo
     for (down, right), (x, y) in sides.items():
         r, c = row + down, column + right
         if not (0 <= r < inside.shape[0] and 0 <= c < inside.shape[1] and inside[r, c]):
-            axis.plot(x, y, color=colour, linewidth=2.2, solid_capstyle="projecting", clip_on=False)
+            axis.plot(x, y, **style, solid_capstyle="projecting", clip_on=False)
 
 
 def _of_image(masks: Any, image: int, batch: int) -> list[np.ndarray]:
@@ -139,6 +142,7 @@ def _grid(
         side = 7.2 / width
         height = (side * aspect + 0.25) * lines * len(images) + 0.6
         figure = figure_of((7.2, height), dpi=150, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.08)
         axes = figure.subplots(lines * len(images), width, squeeze=False)
         drawn = None
         for place, (picture, found) in enumerate(zip(pictures, cells, strict=True)):

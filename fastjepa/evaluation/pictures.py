@@ -132,7 +132,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], o
                 if round(100 * share):
                     colour = "white" if share > 0.5 else INK
                     axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=12)
-        axis.set_title(title or "Confusion, % of each class")
+        figure.suptitle(title or "Confusion, % of each class", fontsize=15, fontweight="bold")
         figure.savefig(out)
     return out
 
