@@ -1,4 +1,4 @@
-"""A trained encoder out of any checkpoint, ready to use."""
+"""Trained models out of any checkpoint, ready to use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.checkpoint import load_weights, read_checkpoint
+from fastjepa.checkpoint import MODELS, load_weights, read_checkpoint
 from fastjepa.layouts import EncoderSizes, heads_of
 from fastjepa.nn.norm import LayerNorm
+from fastjepa.nn.predictor import VisionTransformerPredictor
 from fastjepa.nn.vision_transformer import VisionTransformer
+from fastjepa.objective import IJEPA
 
 ENCODERS = ("target_encoder", "encoder")
 
@@ -38,6 +40,36 @@ def load_encoder(
     encoder = encoder.to_empty(device="cpu")
     load_weights(encoder, checkpoint[model], f"checkpoint {path}: {model}")
     return encoder.eval()
+
+
+def load_ijepa(path: str | os.PathLike[str], num_heads: int | None = None) -> IJEPA:
+    """All three models in a checkpoint, in evaluation mode; the predictor has as many heads as the encoders.
+
+    Raises:
+        ValueError: as `load_encoder`; or there is no predictor, as in transformers folders.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["predictor"]
+    if "mask_token" not in state:
+        raise ValueError(f"checkpoint {path} has no predictor")
+    sizes = encoder_sizes(checkpoint, path, num_heads=num_heads)
+    width = state["mask_token"].shape[-1]
+    with torch.device("meta"):
+        encoder = build_encoder(sizes)
+        predictor = VisionTransformerPredictor(
+            encoder.patch_embed.num_patches,
+            sizes.embed_dim,
+            width,
+            depth=len({name.split(".")[1] for name in state if name.startswith("predictor_blocks.")}),
+            num_heads=sizes.num_heads,
+            mlp_ratio=(state["predictor_blocks.0.mlp.fc1.weight"].shape[0] + 0.5) / width,
+            qkv_bias="predictor_blocks.0.attn.qkv.bias" in state,
+        )
+        model = IJEPA(encoder, predictor)
+    model = model.to_empty(device="cpu")
+    for name in MODELS:
+        load_weights(getattr(model, name), checkpoint[name], f"checkpoint {path}: {name}")
+    return model.eval()
 
 
 def encoder_sizes(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastjepa import load_encoder, vit_tiny
+from fastjepa import load_encoder, read_checkpoint, vit_tiny
 from fastjepa.checkpoint import MODELS, write_checkpoint
+from fastjepa.pretrained import load_ijepa
 from fastjepa.training import train
 from tests.conftest import GOLDENS
 from tests.helpers import distance, make_pictures, tiny_config
@@ -31,6 +32,18 @@ def test_our_run_says_its_heads(tmp_path):
     assert encoder.num_heads == 3
     for name, tensor in result.model.target_encoder.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], tensor)
+
+
+def test_all_three_models_of_official_checkpoint_and_run(tmp_path):
+    model, state = load_ijepa(OFFICIAL, num_heads=3), read_checkpoint(OFFICIAL)
+    for name in MODELS:
+        for key, tensor in getattr(model, name).state_dict().items():
+            assert torch.equal(tensor, state[name][key]), key
+    assert not model.training
+    assert model.predictor.predictor_blocks[0].attn.num_heads == 3
+    write_checkpoint(state | {"predictor": {}}, tmp_path / "x.pth.tar")
+    with pytest.raises(ValueError, match="has no predictor"):
+        load_ijepa(tmp_path / "x.pth.tar", num_heads=3)
 
 
 def test_the_number_of_heads_is_asked_for():

@@ -17,8 +17,9 @@ from fastjepa.data.sources import open_pictures
 from fastjepa.evaluation.features import whole_picture
 from fastjepa.evaluation.overlays import plot_attention, plot_masks, plot_similarity
 from fastjepa.evaluation.pictures import plot_features
+from fastjepa.evaluation.retrieval import plot_predictions
 from fastjepa.masks import MaskCollator
-from fastjepa.pretrained import load_encoder
+from fastjepa.pretrained import load_encoder, load_ijepa
 
 PAPERS_MASKS = {
     "enc_mask_scale": (0.85, 1.0),
@@ -28,12 +29,15 @@ PAPERS_MASKS = {
     "npred": 4,
     "min_keep": 10,
 }
+GALLERY = 256  # pictures, at most, whose patches predictions are shown by
 CAPTIONS = {
     "features": "Principal components of the patch features of all pictures together, as colours: equal colours are "
     "equal features.",
     "similarity": "How alike the feature of every patch is to that of the patch under the cross (cosine, after the "
     "picture's mean is taken off).",
     "attention": "What the heads of the last block attend to.",
+    "predictions": "What the predictor makes of the hidden targets: each target patch is filled with the patch of "
+    "another picture whose feature is nearest to the predicted one. Grey is neither context nor target.",
     "masks": "Masks as training draws them: the context encoder sees what is lit and has to predict what is framed.",
 }
 _PAGE = """<!doctype html>
@@ -59,10 +63,13 @@ def show_checkpoint(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, str]:
-    """Draw features.png, similarity.png, attention.png, masks.png and index.html, which holds them all, into `out`.
+    """Draw features.png, similarity.png, attention.png, predictions.png, masks.png, and index.html that holds them all.
+
+    Of a checkpoint without a predictor there are no predictions; nor of a single picture.
 
     Arguments:
         checkpoint, model, num_heads: as `fastjepa.load_encoder`.
+        out: the folder that they are written to.
         data: a picture, or what `open_pictures` takes, a folder say, of whose pictures `count` are chosen by the seed.
         scale: show the encoder pictures so many times as large as in training, for finer maps.
         patch: (row, column) that similarity and attention are of; None: three for similarity, all for attention.
@@ -81,7 +88,8 @@ def show_checkpoint(
     if high != wide:
         raise ValueError(f"checkpoint {checkpoint}: its pictures are {high}x{wide}; only square ones are shown")
     images, names = _pictures(Path(data), scale * high, count, seed)
-    collator = MaskCollator((scale * high, scale * high), scale * encoder.patch_embed.patch_size, **_masks(checkpoint))
+    settings = _masks(checkpoint)
+    collator = MaskCollator((scale * high, scale * high), scale * encoder.patch_embed.patch_size, **settings)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.png" for name in CAPTIONS}
@@ -89,6 +97,12 @@ def show_checkpoint(
     plot_similarity(encoder, images, files["similarity"], [patch] if patch else None)
     plot_attention(encoder, images, files["attention"], patch)
     plot_masks(collator, images, files["masks"], seed)
+    gallery = _pictures(Path(data), high, max(count, GALLERY), seed)[0]
+    if len(gallery) > 1 and read_checkpoint(checkpoint)["predictor"]:
+        one = MaskCollator((high, high), encoder.patch_embed.patch_size, **settings | {"nenc": 1, "ragged": True})
+        plot_predictions(load_ijepa(checkpoint, num_heads), one, gallery, files["predictions"], count, seed)
+    else:
+        del files["predictions"]
     facts = {
         "checkpoint": Path(checkpoint).name,
         "encoder": f"{model}, width {encoder.embed_dim}, {len(encoder.blocks)} layers, {encoder.num_heads} heads",
@@ -137,6 +151,8 @@ def _masks(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 def _page(facts: dict[str, str], files: dict[str, Path]) -> str:
     sections = []
     for name, caption in CAPTIONS.items():
+        if name not in files:
+            continue
         data = base64.b64encode(files[name].read_bytes()).decode("ascii")
         text = html.escape(caption)
         sections.append(f'<h2>{name}</h2><p>{text}</p><img alt="{text}" src="data:image/png;base64,{data}">')

@@ -144,13 +144,15 @@ def test_gallery_of_a_run(tmp_path, capsys):
     arguments = ["show", str(result.checkpoint), "--data", str(pictures), "--count", "2", "--json", "-"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--scale", "2", "--patch", "3", "4"]) == 0
     files = json.loads(capsys.readouterr().out)
-    assert set(files) == {"features", "similarity", "attention", "masks", "page"}
+    assert set(files) == {"features", "similarity", "attention", "predictions", "masks", "page"}
     page = (tmp_path / "out" / "index.html").read_text()
-    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     one = sorted(pictures.rglob("*.png"))[0]
     assert main(["show", str(result.checkpoint), "--data", str(one), "--out", str(tmp_path / "one")]) == 0
-    assert one.name in (tmp_path / "one" / "index.html").read_text()
+    page = (tmp_path / "one" / "index.html").read_text()
+    assert one.name in page
+    assert "predictions" not in page  # there is no other picture to show them by
 
 
 def test_what_cannot_be_shown(tmp_path, encoder):
