@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.checkpoint import MODELS, read_checkpoint, write_checkpoint
+from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.huggingface import write_encoder
 from fastjepa.layouts import OFFICIAL_EPS
 from fastjepa.pretrained import encoder_sizes
@@ -45,7 +46,7 @@ def export(
     sizes = encoder_sizes(checkpoint, path, model, num_heads)
     notes = []
     if to == "transformers":
-        write_encoder(checkpoint[model], sizes, out)
+        write_encoder(checkpoint[model], sizes, out, (MEAN, STD))
     else:
         if out.exists():
             raise ValueError(f"{out} is there already; name a file that is not")

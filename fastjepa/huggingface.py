@@ -15,6 +15,9 @@ from fastjepa import layouts
 from fastjepa.layouts import EncoderSizes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PIXELS = "preprocessor_config.json"
+
+Triple = tuple[float, float, float]
 
 
 def read_encoder(folder: Path) -> tuple[dict[str, Tensor], EncoderSizes]:
@@ -31,8 +34,12 @@ def read_encoder(folder: Path) -> tuple[dict[str, Tensor], EncoderSizes]:
         raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
 
 
-def write_encoder(state: Mapping[str, Tensor], sizes: EncoderSizes, folder: Path) -> None:
+def write_encoder(
+    state: Mapping[str, Tensor], sizes: EncoderSizes, folder: Path, pixels: tuple[Triple, Triple] | None = None
+) -> None:
     """Write an encoder as a folder that `IJepaModel.from_pretrained` reads, whole or not at all.
+
+    `pixels`: mean and deviation that images (0..1) are normalised by, for transformers' image processor.
 
     Raises:
         ValueError: a folder that holds something already, or the safetensors package is not installed.
@@ -49,9 +56,26 @@ def write_encoder(state: Mapping[str, Tensor], sizes: EncoderSizes, folder: Path
     try:
         save(tensors, part / WEIGHTS, metadata={"format": "pt"})  # without it transformers takes the file for another's
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if pixels is not None:
+            (part / PIXELS).write_text(json.dumps(_processor(sizes, *pixels), indent=2) + "\n", encoding="utf-8")
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _processor(sizes: EncoderSizes, mean: Triple, deviation: Triple) -> dict[str, Any]:
+    """As transformers' own conversions of such models have it: resized, not cropped."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": sizes.img_size[0], "width": sizes.img_size[1]},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(deviation),
+    }
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

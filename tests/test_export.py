@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastjepa import load_encoder, read_checkpoint
 from fastjepa.checkpoint import MODELS
 from fastjepa.cli import main
+from fastjepa.evaluation.features import normalise
 from fastjepa.export import LAYOUTS, export
 from tests.conftest import GOLDENS
 
@@ -73,6 +76,15 @@ def test_what_a_layout_has_no_place_for_is_said(tmp_path):
     assert "layer_norm_eps 1e-12 becomes 1e-06, which that code has" in notes
     assert export(tmp_path / "folder", "fastjepa", tmp_path / "ours.pth.tar")["notes"] == notes[:1]
     assert load_encoder(tmp_path / "ours.pth.tar").norm.eps == 1e-12
+
+
+def test_transformers_prepares_pictures_as_training_does(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    export(OFFICIAL, "transformers", tmp_path / "folder", num_heads=3)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "folder", use_fast=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    theirs = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(theirs, normalise(torch.from_numpy(pixels).permute(2, 0, 1)), rtol=1e-5, atol=1e-5)
 
 
 def test_command(tmp_path, capsys):

@@ -21,6 +21,7 @@ from fastjepa.evaluation import ProbeSettings, evaluate_checkpoint, judge
 from fastjepa.evaluation.features import extract_features, whole_picture
 from fastjepa.evaluation.labelled import LabelledPictures, TokenBatches, labelled_pictures
 from fastjepa.evaluation.probes import knn_probe, linear_probe, low_shot_probe
+from fastjepa.export import export
 
 QUICK = ProbeSettings(epochs=1, lr=(0.05,), weight_decay=(0.0, 5e-3), attentive_lr=(1e-3,), attentive_epochs=3, draws=2)
 
@@ -198,6 +199,18 @@ def test_shards_do_too(encoder, data, tmp_path):
     ours = judge(encoder, train, test, classes, QUICK)
     theirs = judge(encoder, *sets(data)[:2], classes, QUICK)
     assert [r["accuracy"] for r in ours["rows"][:3]] == [r["accuracy"] for r in theirs["rows"][:3]]
+
+
+def test_a_transformers_folder_gets_the_same_marks(checkpoint, data, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    export(checkpoint, "transformers", tmp_path / "folder", num_heads=2)
+    quick = ProbeSettings(probes=("knn", "low-shot"))
+    results = [
+        evaluate_checkpoint(path, data, num_heads=heads, settings=quick, device="cpu")
+        for path, heads in ((checkpoint, 2), (tmp_path / "folder", None))
+    ]
+    assert results[0]["rows"] == results[1]["rows"]
+    assert results[0]["confusion"] == results[1]["confusion"]
 
 
 def test_too_few_pictures(tmp_path, checkpoint):
