@@ -79,6 +79,7 @@ class EMA(nn.Module):
                 )
             module = copy.deepcopy(_unwrapped(model)).eval()
         self.module = module.requires_grad_(False)
+        self.training = module.training
         if device is not None or dtype is not None:
             self.module.to(device=device, dtype=dtype)
         _warn_of_low_precision(self.module)

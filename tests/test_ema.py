@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from fastjepa import EMA, vit_tiny
 from fastjepa.ops import library
@@ -68,7 +68,12 @@ def test_it_is_torchs_averaged_model(averaged_buffers):
             theirs.module.norm.num_batches_tracked.copy_(model.norm.num_batches_tracked)
         assert_same(ours, theirs)
     assert ours.n_averaged == theirs.n_averaged == 5
+    loader = [torch.randn(6, 5) for _ in range(2)]
+    for average in (ours, theirs):
+        update_bn(loader, average)
+    assert_same(ours, theirs)
     images = torch.randn(3, 5)
+    assert not ours.module.training
     torch.testing.assert_close(ours(images), theirs.eval()(images))
 
 

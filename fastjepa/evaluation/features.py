@@ -37,7 +37,8 @@ def extract_features(
 ) -> Tensor:
     """What the encoder sees in whole images, averaged over their patches.
 
-    The encoder is put into evaluation mode for the while. Batches are moved to its device, the features back.
+    The encoder is put into evaluation mode for the while, and on CUDA runs in bf16, as in training. Batches are moved
+    to its device, the features back.
 
     Shapes:
         images: [n, 3, H, W], or batches of such (a DataLoader, say); uint8 is normalised, floating is taken as it is.

@@ -44,9 +44,8 @@ class ProbeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.probes if name not in PROBES]
-        if unknown or not self.probes:
-            raise ValueError(f"probes are {', '.join(PROBES)}; there is no {unknown[0] if unknown else 'empty list'!r}")
+        if not self.probes or any(name not in PROBES for name in self.probes):
+            raise ValueError(f"probes are some of {', '.join(PROBES)}, got {', '.join(self.probes) or 'none'}")
         for name in ("layers", "epochs", "neighbours", "draws", "attentive_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -57,7 +57,12 @@ class LabelledPictures(Dataset):
         """
         sampler = range(len(self)) if order is None else order
         loader = DataLoader(
-            self, self.batch_size, sampler=sampler, num_workers=self.workers, collate_fn=_collate, pin_memory=False
+            self,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # else each epoch would draw from torch's own
         )
         self.unreadable.clear()
         for images, places, reasons in loader:

@@ -91,7 +91,9 @@ def test_marks_are_those_of_the_probes_alone(encoder, data):
 
 def test_everything_follows_from_the_seed(encoder, data):
     train, test, classes, _ = sets(data)
+    state = torch.get_rng_state()
     results = [judge(encoder, train, test, classes, ProbeSettings(**{**vars(QUICK), "seed": s})) for s in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), state)
     for result in results:
         result.pop("seconds")
     assert results[0] == results[1]
@@ -173,7 +175,7 @@ def test_command(checkpoint, data, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--data": "/nowhere"}, "no such folder of pictures"),
-        ({"--probes": "linear,svm"}, "probes are linear, knn, low-shot, attentive; there is no 'svm'"),
+        ({"--probes": "linear,svm"}, "probes are some of linear, knn, low-shot, attentive, got linear, svm"),
         ({"--shots": "x"}, "--shots takes numbers with commas between"),
         ({"--shots": "1.5"}, "shots are whole numbers"),
         ({"--epochs": "0"}, "epochs must be at least 1"),
