@@ -13,7 +13,8 @@ from fastjepa import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fastjepa ARGV`; the exit status is 0, 2 for bad input (one line on stderr), 1 for a run that failed."""
+    """Run `fastjepa ARGV`; the exit status is 0, 2 for bad input (one line on stderr), 1 for a run that failed, 75 for
+    one that a signal asked to stop: it has saved and can go on."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -177,6 +178,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from fastjepa.config import load_config
     from fastjepa.training import train
+    from fastjepa.training.stop import RESUMABLE
 
     result = train(load_config(arguments.config, arguments.overrides))
     summary = {"steps": result.steps, "loss": result.loss, "checkpoint": str(result.checkpoint)}
@@ -184,7 +186,7 @@ def _train(arguments: argparse.Namespace) -> int:
         _write_json(summary, arguments.json)
     if arguments.json != "-":
         print(f"{result.steps} steps done, loss {result.loss:.4f}; checkpoint: {result.checkpoint}")
-    return 0
+    return RESUMABLE if result.stopped and result.stopped != "SIGINT" else 0
 
 
 def _pack(arguments: argparse.Namespace) -> int:

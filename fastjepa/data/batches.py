@@ -101,7 +101,9 @@ class TrainingBatches(Dataset):
     """Batch number `step`: pictures of a permutation drawn for each epoch, crops and masks drawn for each step.
 
     Everything follows from (seed, step), so neither the number of workers nor an interruption changes a batch. Of
-    `world` processes that train together, the one of `rank` takes its `batch_size` of the step's pictures. The pictures
+    `world` processes that train together, the one of `rank` takes its `batch_size` of the step's pictures; with
+    `Ragged` masks they are dealt out so that each has about as many tokens, and the step is the same whatever `world`
+    is. As lists, masks are cut to the shortest context of a process, as in the published code. The pictures
     left over at the end of an epoch, fewer than a step needs, are dropped, as in the published code.
 
     Raises:
@@ -157,12 +159,13 @@ class TrainingBatches(Dataset):
     def _make(self, step: int) -> tuple[Batch, list[Placed]]:
         """What a worker does for a step; pictures that are decoded late come encoded beside the batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        number = step * self.world + self.rank  # each process draws from streams of its own
-        first = (place * self.world + self.rank) * self.batch_size
-        chosen = self.order(epoch)[first : first + self.batch_size].tolist()
-        streams = np.random.default_rng([self.seed, 1, number]).spawn(len(chosen))
+        size = self.batch_size * self.world
+        masks = self.masks.draw(size, [self.seed, 2, step])
+        mine = dealt(masks.tokens if self.masks.ragged else np.zeros(size), self.rank, self.world)
+        chosen = self.order(epoch)[place * size : (place + 1) * size][mine].tolist()
+        streams = [np.random.default_rng([self.seed, 1, step, int(image)]) for image in mine]
         drawn = draw_crops(self.folder, self.augment, chosen, streams)
-        masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, number])
+        masks_enc, masks_pred = masks.masks(mine)
         patches = self.masks.height * self.masks.width
         targets = TargetRows.build(masks_pred, self.batch_size, patches)
         # default_collate: in a worker, straight into shared memory.
@@ -182,6 +185,19 @@ class TrainingBatches(Dataset):
             name = self.augment.engine.name
             raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
         return replace(batch, images=images, fallback=fallback)
+
+
+def dealt(tokens: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """The images of a step that are `rank`'s: as many for each of `world` processes, and about as many tokens.
+
+    From the longest on they are dealt out in turns, back and forth. Shapes: tokens [B * world] -> int64 [B].
+
+    >>> [dealt(np.array([9, 1, 8, 2]), rank, 2).tolist() for rank in range(2)]
+    [[0, 1], [2, 3]]
+    """
+    turns = np.argsort(-tokens, kind="stable").reshape(-1, world)
+    turns[1::2] = turns[1::2, ::-1]
+    return np.sort(turns[:, rank])
 
 
 class _Made(Dataset):
