@@ -79,7 +79,8 @@ def judge(
     unreadable = list(train.unreadable)
     theirs, truth = test.features(encoder, layers)
     unreadable += test.unreadable
-    judged = _Judged(ours, labels, theirs, truth, len(classes), ours.shape[1] // layers, settings)
+    device = next(encoder.parameters()).device
+    judged = _Judged(ours, labels, theirs, truth, len(classes), ours.shape[1] // layers, settings, device)
     rows: list[tuple[dict[str, Any], Tensor]] = []
     for probe in settings.probes:
         say(f"{probe} probe")
@@ -112,6 +113,7 @@ class _Judged:
     classes: int
     width: int  # of one layer's features
     settings: ProbeSettings
+    device: torch.device  # where the probes are fitted
 
     def linear(self) -> list[tuple[dict[str, Any], Tensor]]:
         """SGD over the grid, on the last layer's features and on all layers'."""
@@ -127,17 +129,18 @@ class _Judged:
 
     def knn(self) -> list[tuple[dict[str, Any], Tensor]]:
         """A vote of neighbours."""
-        train, test = (x[:, -self.width :] for x in (self.train, self.test))
-        found = knn_predict(train, self.labels, test, self.classes, self.settings.neighbours)
+        train, test = self._last()
+        labels = self.labels.to(self.device)
+        found = knn_predict(train, labels, test, self.classes, self.settings.neighbours).cpu()
         return [self._row("knn", "last layer", f"{self.settings.neighbours} neighbours", [found])]
 
     def low_shot(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Logistic regression on few labels, several draws of them."""
-        train, test = (x[:, -self.width :].double() for x in (self.train, self.test))
-        rows = []
+        train, test = (x.double() for x in self._last())
+        labels, rows = self.labels.to(self.device), []
         for shots in self.settings.shots:
             drawn = [draw_few(self.labels, shots, (self.settings.seed, n)) for n in range(self.settings.draws)]
-            found = [linear_predict(train[d], self.labels[d], test, self.classes, self.settings.c) for d in drawn]
+            found = [linear_predict(train[d], labels[d], test, self.classes, self.settings.c).cpu() for d in drawn]
             few = f"{100 * shots:g} % of the labels" if shots < 1 else f"{int(shots)} labels a class"
             rows.append(self._row("low-shot", "last layer", f"{few}, {len(drawn)} draws", found))
         return rows
@@ -149,9 +152,7 @@ class _Judged:
         s = self.settings
         fitted, held = self._hold_out(len(train))
         lr, decay = _grid(s.attentive_lr, s.attentive_weight_decay)
-        heads = AttentiveHeads(
-            self.width, self.classes, encoder.num_heads, lr, decay, next(encoder.parameters()).device, s.seed
-        )
+        heads = AttentiveHeads(self.width, self.classes, encoder.num_heads, lr, decay, self.device, s.seed)
         batches = TokenBatches(encoder, train, fitted, s.memory, s.seed)
         heads.fit(batches, s.attentive_epochs, batches.steps)
         right = torch.zeros(len(lr))
@@ -167,12 +168,16 @@ class _Judged:
         s = self.settings
         fitted, held = self._hold_out(len(train))
         lr, decay = _grid(s.lr, s.weight_decay)
-        heads = LinearHeads(train.shape[1], self.classes, lr, decay)
+        heads = LinearHeads(train.shape[1], self.classes, lr, decay, self.device)
         heads.fit(train[fitted], self.labels[fitted], s.epochs, seed=s.seed)
         right = (heads.predict(train[held]) == self.labels[held]).double().mean(dim=1)
         best = int(right.argmax())
-        head = LinearHeads(train.shape[1], self.classes, lr[best : best + 1], decay[best : best + 1])
+        head = LinearHeads(train.shape[1], self.classes, lr[best : best + 1], decay[best : best + 1], self.device)
         return lr[best], decay[best], head.fit(train, self.labels, s.epochs, seed=s.seed).predict(test)[0]
+
+    def _last(self) -> tuple[Tensor, Tensor]:
+        """The last layer's features, of the training and of the test pictures, where probes are fitted."""
+        return self.train[:, -self.width :].to(self.device), self.test[:, -self.width :].to(self.device)
 
     def _hold_out(self, count: int) -> tuple[Tensor, Tensor]:
         """Places to fit on and to choose a setting by; all of them for both where there are few."""

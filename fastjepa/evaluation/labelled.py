@@ -179,13 +179,14 @@ def labelled_pictures(
 
 def _split(source: Pictures, everything: list[int], seed: int) -> tuple[list[int], list[int]]:
     rng = np.random.default_rng(seed)
+    labels = np.asarray(source.labels)
     held: set[int] = set()
-    for label in range(len(source.classes)):
-        members = [i for i in everything if source.labels[i] == label]
+    for label, name in enumerate(source.classes):
+        members = np.flatnonzero(labels == label)
         if len(members) < HELD_OUT:
             raise ValueError(
-                f"{source.root} has {len(members)} pictures of {source.classes[label]}; at least {HELD_OUT} are needed "
-                "to hold one out, or a folder to judge by (--test)"
+                f"{source.root} has {len(members)} pictures of {name}; at least {HELD_OUT} are needed to hold one out, "
+                "or a folder to judge by (--test)"
             )
         held |= set(rng.permutation(members)[: len(members) // HELD_OUT].tolist())
     return [i for i in everything if i not in held], sorted(held)

@@ -57,29 +57,36 @@ class Standardiser:
 class LinearHeads:
     """K linear classifiers trained at once by SGD with momentum, each with its own learning rate and weight decay.
 
-    They see the same batches. Learning rates fall to 0 along a cosine; biases are not decayed.
+    They see the same batches, brought to their device. Learning rates fall to 0 along a cosine; biases are not decayed.
 
     Shapes: lr, weight_decay: K each. Features [n, D], labels int64 [n], logits [K, n, classes].
     """
 
-    def __init__(self, width: int, classes: int, lr: Sequence[float], weight_decay: Sequence[float]):
-        self.lr, self.weight_decay = (torch.tensor(v).view(-1, 1, 1) for v in (lr, weight_decay))
-        self.weights, self.bias = torch.zeros(len(lr), width, classes), torch.zeros(len(lr), 1, classes)
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        lr: Sequence[float],
+        weight_decay: Sequence[float],
+        device: torch.device | str = "cpu",
+    ):
+        self.lr, self.weight_decay = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (lr, weight_decay))
+        self.weights = torch.zeros(len(lr), width, classes, device=device)
+        self.bias = torch.zeros(len(lr), 1, classes, device=device)
 
     @torch.no_grad()
     def fit(self, features: Tensor, labels: Tensor, epochs: int, batch_size: int = 256, seed: int = 0) -> LinearHeads:
         """At least `FEWEST_STEPS` steps, whole epochs; the order of the examples follows from the seed."""
-        device = features.device
-        for name in ("lr", "weight_decay", "weights", "bias"):
-            setattr(self, name, getattr(self, name).to(device))
+        device = self.weights.device
         steps_an_epoch = math.ceil(len(labels) / batch_size)
         epochs = max(epochs, math.ceil(FEWEST_STEPS / steps_an_epoch))
         generator = torch.Generator().manual_seed(seed)
         moments = [torch.zeros_like(self.weights), torch.zeros_like(self.bias)]
         step, total = 0, epochs * steps_an_epoch
         for _ in range(epochs):
-            for batch in torch.randperm(len(labels), generator=generator).to(device).split(batch_size):
-                self._step(features[batch], labels[batch], moments, 0.5 + 0.5 * math.cos(math.pi * step / total))
+            for batch in torch.randperm(len(labels), generator=generator).split(batch_size):
+                x, y = features[batch].to(device), labels[batch].to(device)
+                self._step(x, y, moments, 0.5 + 0.5 * math.cos(math.pi * step / total))
                 step += 1
         return self
 
@@ -97,5 +104,7 @@ class LinearHeads:
         return torch.matmul(features, self.weights) + self.bias
 
     def predict(self, features: Tensor, batch_size: int = 4096) -> Tensor:
-        """Shapes: [n, D] -> int64 [K, n]."""
-        return torch.cat([self.logits(x).argmax(dim=-1) for x in features.split(batch_size)], dim=1)
+        """Shapes: [n, D] -> int64 [K, n] on the features' device."""
+        device = self.weights.device
+        found = [self.logits(x.to(device)).argmax(dim=-1) for x in features.split(batch_size)]
+        return torch.cat(found, dim=1).to(features.device)
