@@ -15,6 +15,7 @@ from fastjepa.nn import (
     vit_tiny,
 )
 from fastjepa.objective import IJEPA
+from fastjepa.patch import PatchReport, patch, patch_gathers
 from fastjepa.ragged import Ragged
 
 __version__ = "0.1.0"
@@ -22,11 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "IJEPA",
     "MaskCollator",
+    "PatchReport",
     "Ragged",
     "VisionTransformer",
     "VisionTransformerPredictor",
     "apply_masks",
     "ops",
+    "patch",
+    "patch_gathers",
     "read_checkpoint",
     "vit_base",
     "vit_giant",
