@@ -23,6 +23,9 @@ from fastjepa.patch.swapping import fall_back, is_hooked, is_swapped, like, numb
 def attend(qkv: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Attention of each image over its own tokens. Shapes: qkv [B, N, 3, H, d] -> [B, N, H * d]."""
     batch, count = qkv.shape[:2]
+    if not library.takes_kernels(qkv):  # without looking into offsets that are right
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2).flatten(2)
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device) * count
     return ops.ragged_attention(qkv.flatten(0, 1), offsets, count, scale, dropout).flatten(1).unflatten(0, (batch, -1))
 
@@ -40,7 +43,7 @@ def attend_apart(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).transpose(1, 2)
 
 
-def find_qkv_attention(where: str, module: nn.Module, parent: nn.Module | None) -> Finding | None:
+def find_qkv_attention(where: str, module: Any, parent: nn.Module | None) -> Finding | None:
     """Attention with `qkv`, `proj` and `num_heads`, and what else goes by that name and is not known."""
     what = type(module).__name__
     linears = [n for n, m in module.named_children() if isinstance(m, nn.Linear)]
@@ -48,9 +51,8 @@ def find_qkv_attention(where: str, module: nn.Module, parent: nn.Module | None) 
         named = "attention" in what.lower() or what.lower().endswith("attn")
         if not named or not (linears or next(module.parameters(recurse=False), None) is not None):
             return None
-        return Finding(
-            "attention", where, what, reason=f"has {_listed(linears)}, and known are qkv, proj and num_heads"
-        )
+        reason = f"has {_listed(linears)}, and known are qkv, proj and num_heads"
+        return Finding("attention", where, what, reason=reason)
     if reason := _unknown(module):
         return Finding("attention", where, what, reason=reason)
     x = like(module, 2, 5, module.qkv.in_features)
@@ -64,6 +66,7 @@ def find_qkv_attention(where: str, module: nn.Module, parent: nn.Module | None) 
         return Finding("attention", where, what, (change,), "", covers, module, ((x,),))
     if reason := _unknown_block(module, parent):
         return Finding("attention", where, what, reason=reason)
+    assert parent is not None
     changes = (
         Change(module, "__class__", type(module), swapped(type(module), {"forward": _mapped(type(module))})),
         Change(parent, "__class__", type(parent), swapped(type(parent), {"forward": _block(type(parent))})),
@@ -182,9 +185,8 @@ def _unknown_block(module: nn.Module, parent: Any) -> str:
     if parent is None:
         return "gives an attention map, and no block around it says that it is not wanted"
     name = type(parent).__name__
-    lacks = [
-        n for n in ("norm1", "attn", "drop_path", "norm2", "mlp") if not isinstance(getattr(parent, n, None), nn.Module)
-    ]
+    parts = ("norm1", "attn", "drop_path", "norm2", "mlp")
+    lacks = [n for n in parts if not isinstance(getattr(parent, n, None), nn.Module)]
     if lacks or parent.attn is not module:
         return f"gives an attention map, and its block {name} has no {_listed(lacks or ['attn'])}"
     if is_swapped(parent) or arguments(parent) != ["x", "return_attention"]:

@@ -1,9 +1,8 @@
-"""Stock against patched: outputs and gradients of the same inputs, judged by the distance of stock from its fp64 self."""
+"""Stock against patched: outputs and gradients of the same inputs, judged by stock's distance from its fp64 self."""
 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,12 +58,13 @@ def exact_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).double()
 
 
-def run(module: nn.Module, arguments: Sequence[Any]) -> Result:
-    """Outputs and gradients of a call; the gradient is that of a fixed random projection of the outputs."""
+def run(module: nn.Module, arguments: Sequence[Any], first: bool = False) -> Result:
+    """Outputs (or the first alone) and gradients of a call: those of a fixed random projection of the outputs."""
     torch.manual_seed(0)
     arguments = tree_map(_leaf, list(arguments))
     with torch.enable_grad():
         outputs = [t for t in tree_leaves(module(*arguments)) if isinstance(t, Tensor) and t.is_floating_point()]
+        outputs = outputs[:1] if first else outputs
         graph = [y for y in outputs if y.requires_grad]
         leaves = [t for t in (*module.parameters(), *tree_leaves(arguments)) if isinstance(t, Tensor)]
         wanted = [t for t in leaves if t.requires_grad]
@@ -85,7 +85,10 @@ def distances(ours: Result, stock: Result, exact: Result) -> dict[str, Distances
 
 
 def times(ways: Sequence[Callable[[], Any]], call: Callable[[], Any], device: torch.device) -> list[float]:
-    """Milliseconds of a call after each of some preparations, medians of rounds."""
+    """Milliseconds of a call after each of some preparations, the shortest of several rounds.
+
+    What else a machine does makes a call slower, never faster.
+    """
     found: list[list[float]] = [[] for _ in ways]
     begin = time.perf_counter()
     while len(found[0]) < ROUNDS and (not found[0] or time.perf_counter() - begin < SECONDS):
@@ -96,7 +99,7 @@ def times(ways: Sequence[Callable[[], Any]], call: Callable[[], Any], device: to
             call()
             _wait(device)
             kept.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(kept) for kept in found]
+    return [min(kept) for kept in found]
 
 
 def in_double(arguments: Sequence[Any]) -> list[Any]:

@@ -39,10 +39,10 @@ def patch(
 ) -> PatchReport:
     """Have one live model of another codebase run on our operations.
 
-    Attention, LayerNorm, GELU-MLPs and `apply_masks` are found by what they are. Each is compared with its stock code on
-    a small input first, and skipped where outputs or gradients are more than twice as far from fp64 as the stock code's.
-    Classes, other instances, parameters, hooks and state-dict keys are as before. Wrappers of `torch.compile` and DDP are
-    seen through, and may come before or after.
+    Attention, LayerNorm, GELU-MLPs and `apply_masks` are found by what they are. Each is compared with its stock code
+    on a small input first, and skipped where outputs or gradients are more than twice as far from fp64 as the stock
+    code's. Classes, other instances, parameters, hooks and state-dict keys are as before. Wrappers of `torch.compile`
+    and DDP are seen through, and may come before or after.
 
     A call that asks for more than ours gives (an attention map, a mask) runs the stock code, with a `FallbackWarning`.
 
@@ -75,7 +75,7 @@ def patch(
     name = type(inner).__name__
     _check_parameters(inner)
     found = _find(inner, finders)
-    if not any(not f.reason for f in found) and (strict or not found):
+    if strict and all(f.reason for f in found):
         raise ValueError(f"{name}: nothing to patch: {_why(found, finders)}")
     report = PatchReport(name, found)
     if strict and report.skipped:
@@ -115,7 +115,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _check_parameters(model: nn.Module) -> None:
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError(f"{type(model).__name__} has parameters on the meta device, which nothing can be compared on")
+        raise ValueError(f"{type(model).__name__} has parameters on the meta device, where nothing can be compared")
 
 
 def _find(model: nn.Module, finders: dict[str, tuple[Finder, ...]]) -> tuple[Finding, ...]:
@@ -150,11 +150,9 @@ def _look(
         if is_swapped(module):
             return Finding(operation, where, type(module).__name__, reason=ALREADY)
         if type(module).__module__.startswith("fastjepa."):
-            return Finding(
-                operation, where, type(module).__name__, reason="is fastjepa's own, which runs on it already"
-            )
+            return Finding(operation, where, type(module).__name__, reason="is fastjepa's own already")
         if "forward" in vars(module):
-            return Finding(operation, where, type(module).__name__, reason="has a forward of its own set by other code")
+            return Finding(operation, where, type(module).__name__, reason="has a forward set on it by other code")
         return finding
     return None
 
@@ -177,9 +175,9 @@ def _fault(finding: Finding) -> str:
     report = PatchReport("", (finding,))
     module, dtype = finding.module, next(finding.module.parameters()).dtype
     try:
-        stock = [run(module, call) for call in finding.calls]
+        stock = [run(module, call, first=True) for call in finding.calls]  # without a map that may come behind
         double = exact_copy(module)
-        exact = [run(double, in_double(call)) for call in finding.calls]
+        exact = [run(double, in_double(call), first=True) for call in finding.calls]
     except Exception as error:  # whatever its code raises for a call that is not meant
         shape = list(finding.calls[0][0].shape)
         return f"could not be compared with its own code on {shape}: {type(error).__name__}: {error}"
@@ -187,7 +185,7 @@ def _fault(finding: Finding) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FallbackWarning)
-            ours = [run(module, call) for call in finding.calls]
+            ours = [run(module, call, first=True) for call in finding.calls]
     except FallbackWarning as reason:
         return str(reason)
     finally:
@@ -207,7 +205,7 @@ def _count(report: PatchReport, model: nn.Module) -> None:
 
 def _verify(report: PatchReport, model: nn.Module, probe: Sequence[Any] | None) -> None:
     """Put what was measured of the whole model into the report, or why nothing could be; the model is as before."""
-    root = next((f.calls[0] for f in report.patched if not f.where and f.calls), None)
+    root = next((f.calls[0] for f in report.patched if f.module is model), None)
     arguments = probe_of(model) or root if probe is None else tuple(probe)
     if arguments is None:
         _unverified(report, "nothing of the model tells its input shape; give probe=(...), what it is called with")
@@ -220,9 +218,7 @@ def _verify(report: PatchReport, model: nn.Module, probe: Sequence[Any] | None) 
         except Exception as error:  # whatever the model raises
             reason = f"it, or its fp64 copy, does not run on {words}: {type(error).__name__}: {error}"
             if probe is not None:
-                raise ValueError(
-                    f"{report.model} cannot be verified: {reason}; verify=False leaves that out"
-                ) from error
+                raise ValueError(f"{report.model} cannot be verified, try verify=False: {reason}") from error
             _unverified(report, f"{reason}; give probe=(...), what it is called with")
             return
         report.apply()

@@ -40,7 +40,8 @@ def _described(argument: Any) -> str:
 
 def _by_config(model: Any) -> tuple[Any, ...] | None:
     """transformers: `main_input_name` says what is wanted, the config how large."""
-    config, wanted = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    config: Any = getattr(model, "config", None)
+    wanted = getattr(model, "main_input_name", None)
     if wanted == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
         return (_random(model, IMAGES, getattr(config, "num_channels", 3), *size),)
@@ -79,8 +80,8 @@ def _predictor(model: Any) -> tuple[Any, ...] | None:
     if patches is None:
         return None
     masks = _masks(patches, embed.weight.device)
-    pairs = masks if takes[2] == "masks_y" else masks[:1]  # V-JEPA 2 pairs each context with one target
-    return (_random(model, len(pairs) * IMAGES, pairs[0].shape[1], embed.in_features), pairs, masks)
+    contexts, targets = masks[:1], masks[1:] if takes[2] == "masks_y" else masks  # V-JEPA 2 has a target for a context
+    return (_random(model, IMAGES, contexts[0].shape[1], embed.in_features), contexts, targets)
 
 
 def _image_size(model: Any, patch: int) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """transformers: our attention in its registry, taken by the attention modules of one model.
 
-Modules that dispatch through `ALL_ATTENTION_FUNCTIONS` ask their `config` for a name. A patched module has a config of its
-own that names ours: a config can be shared by several models, so it is never written to. Rotary embeddings and
+Modules that dispatch through `ALL_ATTENTION_FUNCTIONS` ask their `config` for a name. A patched module has a config of
+its own that names ours: a config can be shared by several models, so it is never written to. Rotary embeddings and
 projections are the module's own code.
 """
 
@@ -30,7 +30,7 @@ def find_registry_attention(where: str, module: Any, parent: nn.Module | None) -
     if REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None
     what, registry = type(module).__name__, forward.__globals__[REGISTRY]
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     lacks = [n for n in ("_attn_implementation", "_attn_implementation_internal") if not hasattr(config, n)]
     if not hasattr(type(registry), "register") or lacks or _EAGER not in forward.__globals__:
         wanted = f"config with {', '.join(lacks)}" if lacks else f"{REGISTRY}.register and {_EAGER}"
@@ -61,7 +61,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: [B, H, N, d] each -> ([B, N, H, d], no map).
 
-    A mask, a map that is asked for, causal order or keys of other images take what the model would have taken without us.
+    With a mask, causal order, keys of other tokens, or where a map is asked for, what the model takes without us.
     """
     name, stock = stock_attention(module)
     reason = ""

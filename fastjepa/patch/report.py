@@ -52,7 +52,7 @@ class Verification(NamedTuple):
         outputs, gradients: norm of the difference over the norm; gradients None where no parameter takes one.
         stock_outputs, stock_gradients: distance of the stock model from its own fp64 copy, likewise: ours may be
             twice as far.
-        before_ms, after_ms: forward and backward of the probe, medians of alternating runs.
+        before_ms, after_ms: forward and backward of the probe, the shortest of alternating runs.
     """
 
     probe: str

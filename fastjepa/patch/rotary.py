@@ -1,7 +1,7 @@
 """V-JEPA 2's attention with rotary positions: both rotated at once, before our kernel.
 
 The published code rotates queries and keys apart, and works out the same angles for every head. Here queries and keys
-are one tensor and the angles of all heads are one. The rotation itself is the module's own function, so that its numbers
+are one tensor, and all heads share their angles. The rotation itself is the module's own function, so that its numbers
 are those of the version at hand.
 """
 
@@ -76,7 +76,9 @@ def _actions(
     if reason := curious(self):
         fall_back(self, reason)
         return stock_forward(self)(self, x, mask, attn_mask, T, H, W, action_tokens)
-    assert T is not None and H is not None and W is not None  # the published module needs them too
+    assert isinstance(T, int)  # the published module needs these too
+    assert isinstance(H, int)
+    assert isinstance(W, int)
     ids = torch.arange(T * H * W, device=x.device) if mask is None else mask.unsqueeze(1)
     frame, row, column = self.separate_positions(ids, H, W)
     row, column = row * (self.grid_size / H), column * (self.grid_size / W)

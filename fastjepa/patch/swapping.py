@@ -1,8 +1,8 @@
 """How one live module comes to run another forward: it gets a class of its own, derived from its own class.
 
 Neither the stock class nor any other instance changes, and parameters, buffers, hooks and state-dict keys stay where
-they are. (`torch.nn.utils.parametrize` and FSDP2 do the same.) A deep copy is patched as its original is; a pickle holds
-the stock module, so that whoever loads it needs nothing of ours.
+they are. (`torch.nn.utils.parametrize` and FSDP2 do the same.) A deep copy is patched as its original is; a pickle
+holds the stock module, so that whoever loads it needs nothing of ours.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def swapped(stock: type[nn.Module], methods: dict[str, Any]) -> type[nn.Module]:
     """A class derived from `stock` with these methods instead of its own."""
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        make, arguments, state, *_ = stock.__reduce_ex__(self, 4)
+        make, arguments, state, *_ = _parts(stock, self)
         copied = make(*arguments)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def reduce_as_stock(self: Any, protocol: Any) -> Any:
-        make, arguments, *rest = stock.__reduce_ex__(self, protocol)
+        make, arguments, *rest = _parts(stock, self)
         return (make, tuple(stock if a is type(self) else a for a in arguments), *rest)
 
     namespace = {"__module__": stock.__module__, STOCK: stock, "__reduce_ex__": reduce_as_stock, **methods}
@@ -79,9 +79,8 @@ def with_globals(function: types.FunctionType, **names: Any) -> types.FunctionTy
     Without `__name__` among its globals torch.compile reads them where they are, and not in the module of that name.
     """
     space = {k: v for k, v in function.__globals__.items() if k != "__name__"} | names
-    copied = types.FunctionType(
-        function.__code__, space, function.__name__, function.__defaults__, function.__closure__
-    )
+    code, name, defaults, closure = function.__code__, function.__name__, function.__defaults__, function.__closure__
+    copied = types.FunctionType(code, space, name, defaults, closure)
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
 
@@ -96,3 +95,10 @@ def like(module: nn.Module, *shape: int) -> Tensor:
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def _parts(stock: type[nn.Module], module: nn.Module) -> tuple[Any, ...]:
+    """What the stock class says of how to make a module again, in the form that may name another class."""
+    parts = stock.__reduce_ex__(module, 1)
+    assert isinstance(parts, tuple)
+    return parts
