@@ -88,10 +88,14 @@ def patch_gathers(package: str) -> PatchReport:
     return report
 
 
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
 def _unknown(function: Any) -> str:
     """What keeps a function `apply_masks` from being the one that is known, "" where nothing does."""
     try:
-        takes = list(inspect.signature(function).parameters)
+        takes = [str(p.replace(annotation=p.empty, default=p.empty)) for p in _parameters(function)]
     except (TypeError, ValueError):
         return f"{NAME} is no function"
     if takes not in (["x", "masks"], ["x", "masks", "concat"], ["tensor", "masks"]):
