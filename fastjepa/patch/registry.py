@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from fastjepa.patch.attention import attend_apart
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import ALREADY, fall_back, is_hooked, like, numbers, stock_forward
+from fastjepa.patch.swapping import ALREADY, fall_back, like, numbers, stock_forward
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 IMPLEMENTATION = "fastjepa"
+_CAPTURING = "transformers.utils.output_capturing"
 _EAGER = "eager_attention_forward"  # a function beside each module, which no registry holds
 _STOCK = "_fastjepa_stock"  # attribute of a patched module's config: the config that it replaces
 
@@ -69,12 +71,25 @@ def attention(
         reason = "it was given a mask"
     elif kwargs.get("is_causal") or query.shape != key.shape:
         reason = "it is causal" if kwargs.get("is_causal") else "its keys are not those of the same tokens"
-    elif name == "eager" and (kwargs.get("output_attentions") or is_hooked(module)):
+    elif name == "eager" and (kwargs.get("output_attentions") or _wants_map(module)):
         reason = "its attention map is asked for, or a hook might want it"
     if reason:
         fall_back(module, reason)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     return attend_apart(query, key, value, scaling, dropout), None
+
+
+def _wants_map(module: Any) -> bool:
+    """Whether a hook on the module is there for its map.
+
+    Those of transformers itself stay for good once `output_attentions` was asked for; they collect while it is.
+    """
+    hooks = [*module._forward_hooks.values()]
+    theirs = [h for h in hooks if getattr(h, "__module__", "") == _CAPTURING]
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    if len(theirs) < len(hooks) or (theirs and collector is None):
+        return True
+    return bool(theirs) and "attentions" in (collector.get() or ())
 
 
 def stock_attention(module: Any) -> tuple[str, Callable[..., Any]]:

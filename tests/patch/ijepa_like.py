@@ -86,7 +86,9 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Encoder of whole images or of masked ones."""
 
-    def __init__(self, img_size: int = 16, patch_size: int = 4, dim: int = 24, depth: int = 2, num_heads: int = 3, **drops):
+    def __init__(
+        self, img_size: int = 16, patch_size: int = 4, dim: int = 24, depth: int = 2, num_heads: int = 3, **drops
+    ):
         super().__init__()
         self.patch_embed = PatchEmbed(img_size, patch_size, dim)
         side = img_size // patch_size

@@ -30,7 +30,10 @@ def test_gives_what_the_published_functions_give(batch: int, tokens: int, kept: 
 @pytest.mark.parametrize("concat", [True, False])
 def test_on_kernels(monkeypatch: pytest.MonkeyPatch, concat: bool):
     monkeypatch.setattr(library, "takes_kernels", lambda x: True)
-    x, masks = torch.randn(2, 5, 8, requires_grad=True), [torch.tensor([[0, 4], [1, 1]]), torch.tensor([[2, 3], [3, 0]])]
+    x, masks = (
+        torch.randn(2, 5, 8, requires_grad=True),
+        [torch.tensor([[0, 4], [1, 1]]), torch.tensor([[2, 3], [3, 0]])],
+    )
     gradients = []
     for function in (apply_masks, vjepa2_like.apply_masks):
         y = function(x, masks, concat=concat)

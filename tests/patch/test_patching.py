@@ -102,7 +102,9 @@ def test_a_step_of_training_is_the_same():
 
 
 def test_a_linear_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"^Linear: nothing to patch: .* a Linear alone is one matrix product") as caught:
+    with pytest.raises(
+        ValueError, match=r"^Linear: nothing to patch: .* a Linear alone is one matrix product"
+    ) as caught:
         fastjepa.patch(nn.Linear(4, 4))
     assert "\n" not in str(caught.value)
     report = fastjepa.patch(nn.Linear(4, 4), strict=False)
@@ -355,7 +357,9 @@ def test_attention_maps_that_are_asked_for_are_stock_and_said_aloud():
     block, x = model.blocks[0], torch.randn(2, 5, 24)
     expected, alone = block(x, return_attention=True), block.attn(x)[1]
     fastjepa.patch(model)
-    with pytest.warns(FallbackWarning, match="Attention runs its own code for this call: its attention map is asked for"):
+    with pytest.warns(
+        FallbackWarning, match="Attention runs its own code for this call: its attention map is asked for"
+    ):
         assert torch.equal(block(x, return_attention=True), expected)
     with pytest.warns(FallbackWarning):
         assert torch.equal(block.attn(x)[1], alone)
@@ -385,7 +389,8 @@ def test_hooks_see_what_they_saw(monkeypatch: pytest.MonkeyPatch):
         if patched:
             fastjepa.patch(model)
         handles = [
-            modules[n].register_forward_hook(lambda m, i, o, n=n, kept=seen[patched]: kept.update({n: o})) for n in names
+            modules[n].register_forward_hook(lambda m, i, o, n=n, kept=seen[patched]: kept.update({n: o}))
+            for n in names
         ]
         model(images(), MASKS)
         for handle in handles:
