@@ -151,7 +151,7 @@ def _look(
             return Finding(operation, where, type(module).__name__, reason=ALREADY)
         if type(module).__module__.startswith("fastjepa."):
             return Finding(operation, where, type(module).__name__, reason="is fastjepa's own already")
-        if "forward" in vars(module):
+        if "forward" in vars(module) and any(c[:2] == (module, "__class__") for c in finding.changes):
             return Finding(operation, where, type(module).__name__, reason="has a forward set on it by other code")
         return finding
     return None

@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastjepa.patch.attention import attend_apart
+from fastjepa.patch.attention import arguments, attend_apart
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import ALREADY, fall_back, like, numbers, stock_forward
+from fastjepa.patch.swapping import ALREADY, fall_back, like, numbers, stock_forward, swapped
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 IMPLEMENTATION = "fastjepa"
+_ASKED = "_fastjepa_asked"  # attribute of a module while it runs for a map
 _CAPTURING = "transformers.utils.output_capturing"
 _EAGER = "eager_attention_forward"  # a function beside each module, which no registry holds
 _STOCK = "_fastjepa_stock"  # attribute of a patched module's config: the config that it replaces
@@ -46,9 +47,28 @@ def find_registry_attention(where: str, module: Any, parent: nn.Module | None) -
     own._attn_implementation_internal = IMPLEMENTATION
     setattr(own, _STOCK, config)
     width = next(m.in_features for m in module.modules() if isinstance(m, nn.Linear))
-    change = Change(module, "config", config, own)
+    changes = [Change(module, "config", config, own)]
+    if "output_attentions" in arguments(module):
+        ours = swapped(type(module), {"forward": _telling(module)})
+        changes.append(Change(module, "__class__", type(module), ours))
     calls = ((like(module, 2, 5, width),),)
-    return Finding("attention", where, what, (change,), "", numbers(*module.parameters()), module, calls)
+    return Finding("attention", where, what, tuple(changes), "", numbers(*module.parameters()), module, calls)
+
+
+def _telling(module: nn.Module) -> Callable[..., Any]:
+    """A forward that passes on to `attention` whether a map is asked for, which versions before 5 keep from it."""
+    stock, place = type(module), arguments(module).index("output_attentions")
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("output_attentions", args[place] if len(args) > place else False):
+            return stock.forward(self, *args, **kwargs)
+        setattr(self, _ASKED, True)
+        try:
+            return stock.forward(self, *args, **kwargs)
+        finally:
+            delattr(self, _ASKED)
+
+    return forward
 
 
 def attention(
@@ -73,6 +93,9 @@ def attention(
         reason = "it is causal" if kwargs.get("is_causal") else "its keys are not those of the same tokens"
     elif name == "eager" and (kwargs.get("output_attentions") or _wants_map(module)):
         reason = "its attention map is asked for, or a hook might want it"
+    elif hasattr(module, _ASKED):
+        reason = "its attention map is asked for"
+        stock = space_of(module)[_EAGER] if name == "sdpa" else stock  # as such versions do
     if reason:
         fall_back(module, reason)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -82,8 +105,12 @@ def attention(
 def _wants_map(module: Any) -> bool:
     """Whether a hook on the module is there for its map.
 
-    Those of transformers itself stay for good once `output_attentions` was asked for; they collect while it is.
+    Those of transformers itself stay for good once `output_attentions` was asked for; they collect while it is. Before
+    version 5 a forward is put on the module instead, for the time of the call.
     """
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        return True
     hooks = [*module._forward_hooks.values()]
     theirs = [h for h in hooks if getattr(h, "__module__", "") == _CAPTURING]
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
@@ -92,8 +119,13 @@ def _wants_map(module: Any) -> bool:
     return bool(theirs) and "attentions" in (collector.get() or ())
 
 
+def space_of(module: Any) -> dict[str, Any]:
+    """The namespace that the module's own forward was written in."""
+    return inspect.unwrap(stock_forward(module)).__globals__
+
+
 def stock_attention(module: Any) -> tuple[str, Callable[..., Any]]:
     """Name and function of the attention that the module's own config asks for, now."""
-    space = inspect.unwrap(stock_forward(module)).__globals__
+    space = space_of(module)
     name = getattr(module.config, _STOCK)._attn_implementation or "eager"
     return name, space[_EAGER] if name == "eager" else space[REGISTRY][name]

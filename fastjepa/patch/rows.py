@@ -44,38 +44,49 @@ def find_layer_norm(where: str, module: nn.Module, parent: nn.Module | None) -> 
 
 
 def find_mlp(where: str, module: nn.Module, parent: nn.Module | None) -> Finding | None:
-    """fc1, an activation, fc2, and dropout between or behind them."""
-    fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
-    if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear):
-        return None
+    """fc1, an activation, fc2, and dropout between or behind them; or the first half alone, as `dense` and a GELU."""
     what, stock = type(module).__name__, type(module)
+    fc1, fc2 = getattr(module, "fc1", getattr(module, "dense", None)), getattr(module, "fc2", None)
+    if not isinstance(fc1, nn.Linear) or (hasattr(module, "fc1") and not isinstance(fc2, nn.Linear)):
+        return None
     others = {n: m for n, m in module.named_children() if m is not fc1 and m is not fc2}
     activations = {n: m for n, m in others.items() if not isinstance(m, nn.Dropout | nn.Identity)}
+    known = len(activations) == 1 and _is_gelu(next(iter(activations.values())))
+    if fc2 is None and (not known or len(others) > 1):
+        return None
+    dropouts = [n for n, m in others.items() if isinstance(m, nn.Dropout) and n not in ("drop", "drop1", "drop2")]
     reason = ""
-    if fc1.bias is None:
-        reason = "fc1 has no bias, and the kernel adds one"
-    elif len(activations) != 1 or not _is_gelu(next(iter(activations.values()))):
+    if not known:
         reason = f"fastjepa knows fc1, exact GELU, fc2, but between them here is {_listed(activations)}"
-    elif unknown := [n for n, m in others.items() if isinstance(m, nn.Dropout) and n not in ("drop", "drop1", "drop2")]:
-        reason = f"has a dropout {unknown[0]!r} of which nothing says where it belongs"
+    elif fc1.bias is None:
+        reason = "its first linear has no bias, and the kernel adds one"
+    elif dropouts:
+        reason = f"has a dropout {dropouts[0]!r} of which nothing says where it belongs"
     elif len(_required(module)) != 1:
-        reason = f"its forward takes {_required(module)} and not one tensor"
+        reason = f"its forward takes {', '.join(_required(module)) or 'nothing'}, and not one tensor"
     if reason:
         return Finding("gelu", where, what, reason=reason)
-    (act,) = activations
+    change = Change(module, "__class__", stock, swapped(stock, {"forward": _mlp(stock, *activations)}))
+    covers = numbers(*fc1.parameters(), *(fc2.parameters() if fc2 is not None else ()))
+    return Finding("gelu", where, what, (change,), "", covers, module, ((like(module, 2, 5, fc1.in_features),),))
+
+
+def _mlp(stock: Any, act: str) -> Any:
+    """A forward that adds the first bias and applies GELU in one pass."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not library.takes_kernels(x) or is_hooked(self.fc1, getattr(self, act)):
+        fc1 = self.fc1 if hasattr(self, "fc1") else self.dense
+        if not library.takes_kernels(x) or is_hooked(fc1, getattr(self, act)):
             return stock.forward(self, x)
-        hidden = F.linear(x, self.fc1.weight)
-        hidden = ops.bias_gelu(hidden.flatten(0, -2), self.fc1.bias).view(hidden.shape)
+        hidden = F.linear(x, fc1.weight)
+        hidden = ops.bias_gelu(hidden.flatten(0, -2), fc1.bias).view(hidden.shape)
+        if not hasattr(self, "fc2"):
+            return hidden
         inner, outer = (getattr(self, n, getattr(self, "drop", None)) for n in ("drop1", "drop2"))
         y = self.fc2(hidden if inner is None else inner(hidden))
         return y if outer is None else outer(y)
 
-    change = Change(module, "__class__", stock, swapped(stock, {"forward": forward}))
-    covers = numbers(*fc1.parameters(), *fc2.parameters())
-    return Finding("gelu", where, what, (change,), "", covers, module, ((like(module, 2, 5, fc1.in_features),),))
+    return forward
 
 
 def _is_gelu(activation: nn.Module) -> bool:

@@ -174,9 +174,8 @@ def test_undo_refuses_where_something_was_put_on_top():
 
 def test_context_manager_restores_after_an_error():
     model = VisionTransformer()
-    with pytest.raises(RuntimeError, match="boom"), fastjepa.patch(model) as report:
-        assert report.active
-        raise RuntimeError("boom")
+    with pytest.raises(ZeroDivisionError), fastjepa.patch(model):
+        model.forward = model.norm.weight.numel() // 0
     assert type(model.blocks[0].attn) is Attention
 
 

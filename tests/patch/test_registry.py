@@ -13,7 +13,7 @@ import fastjepa
 from fastjepa.patch import FallbackWarning, patching, registry
 from tests.helpers import distance
 
-transformers = pytest.importorskip("transformers", reason="pip install transformers: the swap extra")
+transformers = pytest.importorskip("transformers", "4.53", reason="the swap extra: pip install 'transformers>=4.53'")
 
 
 def image_model(attention: str = "sdpa", kind: str = "IJepa", **settings):
@@ -22,6 +22,11 @@ def image_model(attention: str = "sdpa", kind: str = "IJepa", **settings):
     make, config = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")
     config = config(**sizes, image_size=16, patch_size=4, attn_implementation=attention, **settings)
     return make(config), config
+
+
+def first_attention(model):
+    """Its projections have other names from version to version."""
+    return next(m for m in model.modules() if hasattr(m, "q_proj") or hasattr(m, "query"))
 
 
 def video_model(**settings):
@@ -92,7 +97,7 @@ def test_attention_maps_masks_and_other_implementations():
     model, _ = image_model("eager")
     x, block = torch.randn(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
     block[..., 8:] = float("-inf")
-    attention = next(m for m in model.modules() if hasattr(m, "q_proj") or hasattr(m, "query"))
+    attention = first_attention(model)
     tokens = torch.randn(2, 16, 24)
     maps = model(x, output_attentions=True).attentions
     takes_mask = "attention_mask" in inspect.signature(attention.forward).parameters
@@ -135,7 +140,7 @@ def test_video_models(attention: str):
     model = video_model(attn_implementation=attention)
     report = fastjepa.patch(model)
     assert sum(f.operation == "attention" for f in report.patched) == 3
-    assert {f.what for f in report.patched if f.operation == "gather"} >= {"VJEPA2Predictor"}
+    assert {f.what for f in report.patched if f.operation == "gather"} >= {"VJEPA2PredictorEmbeddings"}
     assert report.verification is not None
     assert report.verification.outputs < 1e-6
     clip, masks = torch.randn(2, 4, 3, 16, 16), [torch.arange(0, 32, 3).repeat(2, 1)]
@@ -145,9 +150,22 @@ def test_video_models(attention: str):
     assert distance(ours.predictor_output.last_hidden_state, theirs.predictor_output.last_hidden_state) < 1e-6
 
 
+def test_maps_of_video_models():
+    model, clip = video_model(attn_implementation="eager"), torch.randn(1, 4, 3, 16, 16)
+    expected = model(clip, output_attentions=True).attentions
+    fastjepa.patch(model)
+    with pytest.warns(FallbackWarning, match="its attention map is asked for"):
+        ours = model(clip, output_attentions=True).attentions
+    assert len(ours) == len(expected) == 2
+    assert all(distance(a, b) < 1e-6 for a, b in zip(ours, expected, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        model(clip)
+
+
 def test_causal_and_unknown_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
     model, _ = image_model()
-    attention = next(m for m in model.modules() if hasattr(m, "q_proj") or hasattr(m, "query"))
+    attention = first_attention(model)
     space = inspect.unwrap(type(attention).forward).__globals__
     with monkeypatch.context() as patched:
         patched.delitem(space, "eager_attention_forward")
