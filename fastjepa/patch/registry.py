@@ -113,7 +113,7 @@ def _wants_map(module: Any) -> bool:
         return True
     hooks = [*module._forward_hooks.values()]
     theirs = [h for h in hooks if getattr(h, "__module__", "") == _CAPTURING]
-    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    collector: Any = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     if len(theirs) < len(hooks) or (theirs and collector is None):
         return True
     return bool(theirs) and "attentions" in (collector.get() or ())

@@ -79,7 +79,7 @@ class RoPEAttention(Attention):
 class ACRoPEAttention(RoPEAttention):
     """With action tokens before each frame's patches, which only time turns."""
 
-    def forward(self, x, mask=None, attn_mask=None, T=None, H=None, W=None, action_tokens=0):  # noqa: N803
+    def forward(self, x, mask=None, attn_mask=None, T: Any = None, H: Any = None, W: Any = None, action_tokens=0):  # noqa: N803
         area = H * W
         ids = torch.arange(T * area) if mask is None else mask.unsqueeze(1).repeat(1, self.num_heads, 1)
         frame, row, column = (1.0 * p for p in self.separate_positions(ids, H, W))
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor, masks: list[Tensor] | None = None) -> Tensor:
         x = self.patch_embed(x)
         if masks is not None:
-            x, masks = apply_masks(x, masks), torch.cat(masks)
+            x = apply_masks(x, masks)
         for block in self.blocks:
-            x = block(x, mask=masks)
+            x = block(x, mask=None if masks is None else torch.cat(masks))
         return self.norm(x)
