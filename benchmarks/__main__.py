@@ -17,6 +17,7 @@ SUITES = {
     "kernels": "every operation against its peers",
     "step": "whole training steps: eager, compiled and ours in one run",
     "scaling": "a training step against batch, tokens, width and parameters",
+    "swap": "models of other codebases before and after fastjepa.patch",
     "masks": "what drawing masks costs",
     "input": "what reading pictures costs",
     "codegen": "every kernel compiled for chips that need not be here",
