@@ -15,7 +15,7 @@ from fastjepa.nn import (
     vit_tiny,
 )
 from fastjepa.objective import IJEPA
-from fastjepa.patch import PatchReport, patch, patch_gathers
+from fastjepa.patch import PatchReport, patch, patch_gathers, unpatch
 from fastjepa.ragged import Ragged
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "patch",
     "patch_gathers",
     "read_checkpoint",
+    "unpatch",
     "vit_base",
     "vit_giant",
     "vit_huge",

@@ -13,11 +13,11 @@ from fastjepa.patch.attention import find_qkv_attention
 from fastjepa.patch.compare import Distances, Result, distances, exact_copy, in_double, run, times, undisturbed
 from fastjepa.patch.gather import find_gather
 from fastjepa.patch.probe import described, probe_of
-from fastjepa.patch.registry import find_registry_attention
+from fastjepa.patch.registry import config_change, find_registry_attention
 from fastjepa.patch.report import Finding, PatchReport, Verification
 from fastjepa.patch.rotary import find_rotary_attention
 from fastjepa.patch.rows import find_layer_norm, find_mlp
-from fastjepa.patch.swapping import ALREADY, FallbackWarning, is_swapped
+from fastjepa.patch.swapping import ALREADY, FallbackWarning, class_change, is_swapped
 
 Finder = Callable[[str, nn.Module, nn.Module | None], Finding | None]
 
@@ -90,6 +90,24 @@ def patch(
     if not report.active:
         report.apply()
     return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Take back whatever `patch` did to a model, as for a deep copy, of which there is no report; gives how much.
+
+    Raises:
+        ValueError: a patched class has been replaced again since; nothing is taken back then.
+
+    >>> import copy
+    >>> norm = torch.nn.LayerNorm(8)
+    >>> report = patch(norm)
+    >>> unpatch(copy.deepcopy(norm)), unpatch(torch.nn.LayerNorm(8))
+    (1, 0)
+    """
+    changes = [c for module in _unwrapped(model).modules() for c in (class_change(module), config_change(module)) if c]
+    report = PatchReport(type(model).__name__, (), _changes=changes)
+    report.undo()
+    return len(changes)
 
 
 def _operations(ops: Iterable[str] | None) -> list[str]:

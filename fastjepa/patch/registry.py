@@ -71,6 +71,12 @@ def _telling(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def config_change(module: Any) -> Change | None:
+    """What was done to the config of a module, None where nothing was."""
+    own = vars(module).get("config")
+    return Change(module, "config", getattr(own, _STOCK), own) if hasattr(own, _STOCK) else None
+
+
 def attention(
     module: Any,
     query: Tensor,

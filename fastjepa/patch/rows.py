@@ -29,11 +29,12 @@ def find_layer_norm(where: str, module: nn.Module, parent: nn.Module | None) -> 
     stock = type(module)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not library.takes_kernels(x):
+        if not library.takes_kernels(x) or x.dim() < 2:
             return stock.forward(self, x)
-        # Where autocast is on, torch's LayerNorm takes and gives fp32.
-        x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
-        y, _ = ops.add_layer_norm(x.flatten(0, -2), None, self.weight, self.bias, self.eps, x.dtype)
+        # Where autocast is on, torch's LayerNorm gives fp32 on CUDA.
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        dtype = torch.float32 if autocast else x.dtype
+        y, _ = ops.add_layer_norm(x.flatten(0, -2), None, self.weight, self.bias, self.eps, dtype)
         return y.view(x.shape)
 
     change = Change(module, "__class__", stock, swapped(stock, {"forward": forward}))
@@ -76,7 +77,7 @@ def _mlp(stock: Any, act: str) -> Any:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         fc1 = self.fc1 if hasattr(self, "fc1") else self.dense
-        if not library.takes_kernels(x) or is_hooked(fc1, getattr(self, act)):
+        if not library.takes_kernels(x) or x.dim() < 2 or is_hooked(fc1, getattr(self, act)):
             return stock.forward(self, x)
         hidden = F.linear(x, fc1.weight)
         hidden = ops.bias_gelu(hidden.flatten(0, -2), fc1.bias).view(hidden.shape)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.patch.report import Change
+
 ALREADY = "is patched already; take that back first"
 STOCK = "_fastjepa_stock"  # attribute of a patched class: the class that it replaces
 
@@ -48,6 +50,14 @@ def swapped(stock: type[nn.Module], methods: dict[str, Any]) -> type[nn.Module]:
 def is_swapped(module: nn.Module) -> bool:
     """Whether a module is patched already."""
     return hasattr(type(module), STOCK)
+
+
+def class_change(module: nn.Module) -> Change | None:
+    """What was done to the class of a module, None where nothing was."""
+    if not is_swapped(module):
+        return None
+    ours = next(c for c in type(module).__mro__ if STOCK in vars(c))
+    return Change(module, "__class__", getattr(ours, STOCK), ours)
 
 
 def stock_forward(module: nn.Module) -> Callable[..., Any]:

@@ -293,6 +293,45 @@ def test_deep_copies_are_patched_and_apart():
     assert torch.equal(twin(images()), before)
 
 
+def test_a_copy_is_taken_back_without_a_report():
+    model = VisionTransformer()
+    stock = classes(model)
+    fastjepa.patch(model)
+    twin = copy.deepcopy(model)
+    assert fastjepa.unpatch(twin) == 12  # 5 norms, 2 attentions, their 2 blocks, 2 MLPs, the encoder
+    assert classes(twin) == stock
+    assert fastjepa.unpatch(twin) == 0
+    assert type(model.blocks[0]).__name__ == "FastBlock"
+    model.norm.__class__ = type("Theirs", (type(model.norm),), {})
+    with pytest.raises(ValueError, match="__class__ of a Theirs was replaced again"):
+        fastjepa.unpatch(model)
+
+
+def test_autocast_gives_the_same_dtypes(monkeypatch: pytest.MonkeyPatch):
+    """The kernels of rows; the interpreter has no bf16 products."""
+    monkeypatch.setattr(library, "takes_kernels", lambda x: x.dtype in (torch.float32, torch.bfloat16))
+    model, x = VisionTransformer(depth=1), torch.randn(2, 6, 24)
+    exact, found = copy.deepcopy(model).double(), {}
+    parts = (lambda m: m.norm(x), lambda m: m.blocks[0].mlp(x), lambda m: m.blocks[0].mlp(m.norm(x)))
+    expected = [part(exact.double()) for part in (lambda m: m.norm(x.double()), lambda m: m.blocks[0].mlp(x.double()))]
+    for patched in (False, True):
+        if patched:
+            fastjepa.patch(model, ops=("layer_norm", "gelu"), verify=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            found[patched] = [part(model) for part in parts]
+    assert [y.dtype for y in found[True]] == [y.dtype for y in found[False]]
+    for ours, theirs, right in zip(found[True], found[False], expected, strict=False):
+        assert distance(ours, right) <= 2 * max(distance(theirs, right), torch.finfo(torch.float32).eps)
+
+
+def test_one_token_without_a_batch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library, "takes_kernels", lambda x: True)
+    model, x = VisionTransformer(depth=1), torch.randn(24)
+    expected = model.norm(x), model.blocks[0].mlp(x)
+    fastjepa.patch(model, ops=("layer_norm", "gelu"), verify=False)
+    assert all(torch.equal(a, b) for a, b in zip((model.norm(x), model.blocks[0].mlp(x)), expected, strict=True))
+
+
 def test_state_dicts_and_pickles_are_those_of_the_stock_model():
     model, other = VisionTransformer(), VisionTransformer()
     before = model(images())

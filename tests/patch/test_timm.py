@@ -13,7 +13,7 @@ import fastjepa
 from fastjepa.patch import FallbackWarning
 
 try:  # torchvision, which it imports, raises a RuntimeError where its binary does not fit torch's
-    import timm
+    import timm  # type: ignore[import-not-found]
 except (ImportError, RuntimeError) as error:
     pytest.skip(f"timm cannot be imported here: {error}", allow_module_level=True)
 
@@ -64,7 +64,7 @@ def test_average_of_weights_by_timm_stays_the_same():
 
 def test_lightly_trains_the_same():
     lightly = pytest.importorskip("lightly.models.modules", reason="pip install lightly")
-    from lightly.models import utils
+    from lightly.models import utils  # type: ignore[import-not-found]
 
     x = torch.randn(2, 3, 32, 32)
     context, *targets = (torch.stack([torch.randperm(64)[:12].sort().values for _ in range(2)]) for _ in range(3))
