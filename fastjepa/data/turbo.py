@@ -138,12 +138,11 @@ class TurboEngine(PillowEngine):
         pixels = self.turbo.decode(data, (first, y, last - first, bottom - y), scale)
         if pixels is None:
             return None
-        pixels = pixels[:, x - first : right - first]
+        pixels = np.ascontiguousarray(pixels[:, x - first : right - first])
         if scale == 1:
             return resize(pixels, size)
         within = (left / scale - x, top / scale - y, (left + width) / scale - x, (top + height) / scale - y)
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        return as_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=within))
+        return as_tensor(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=within))
 
 
 def find_turbo() -> TurboJPEG:
