@@ -26,9 +26,9 @@ Masks = list[Tensor] | Ragged
 class Batch:
     """One step's input.
 
-    Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; targets of masks_pred; samples int64 [B],
-    index of each picture; unreadable: what could not be read while making it, a line each (another picture stands in);
-    fallback: the first picture that the engine left to Pillow, and why.
+    Shapes: images uint8 [B, 3, H, W], torch.channels_last in memory; masks as `MaskCollator` gives them; targets of
+    masks_pred; samples int64 [B], index of each picture; unreadable: what could not be read while making it, a line each
+    (another picture stands in); fallback: the first picture that the engine left to Pillow, and why.
     """
 
     images: Tensor
@@ -134,8 +134,9 @@ class TrainingBatches(Dataset):
         drawn = draw_crops(self.folder, self.augment, chosen, streams)
         masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, number])
         targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
-        # default_collate: in a worker, straight into shared memory.
-        images = default_collate(drawn.crops) if drawn.crops else torch.empty(0, dtype=torch.uint8)
+        images = torch.empty(0, dtype=torch.uint8)
+        if drawn.crops:  # in a worker, straight into shared memory
+            images = default_collate([crop.permute(1, 2, 0) for crop in drawn.crops]).permute(0, 3, 1, 2)
         samples = torch.tensor(drawn.samples)
         unreadable = tuple(drawn.unreadable)
         return Batch(images, masks_enc, masks_pred, targets, samples, unreadable, drawn.fallback), drawn.placed
