@@ -27,8 +27,8 @@ class Batch:
     """One step's input.
 
     Shapes: images uint8 [B, 3, H, W], torch.channels_last in memory; masks as `MaskCollator` gives them; targets of
-    masks_pred; samples int64 [B], index of each picture; unreadable: what could not be read while making it, a line each
-    (another picture stands in); fallback: the first picture that the engine left to Pillow, and why.
+    masks_pred; samples int64 [B], index of each picture; unreadable: what could not be read while making it, a line
+    each (another picture stands in); fallback: the first picture that the engine left to Pillow, and why.
     """
 
     images: Tensor
