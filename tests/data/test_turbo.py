@@ -190,6 +190,22 @@ def test_a_header_that_promises_too_much_is_refused_before_memory_is_taken():
 
 
 @needs_turbo
+@settings(max_examples=150)
+@given(st.sampled_from([0, 1, 2]), st.booleans(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=9))
+def test_faults_crash_nothing(subsampling, progressive, changes):
+    """Bytes changed anywhere: a crop of the right shape, or an error that says why."""
+    data = bytearray(jpeg(picture(40, 30), subsampling=subsampling, progressive=progressive))
+    for place, value in changes:
+        data[2 + int(place**2 * (len(data) - 3))] = value  # headers more often than what follows
+    try:
+        width, height = TURBO.size(bytes(data))
+        if width * height < 1e6:
+            assert TURBO.crop(bytes(data), (0, 0, width, height), 8).pixels.shape == (3, 8, 8)
+    except UnreadableImage as error:
+        assert str(error)
+
+
+@needs_turbo
 def test_a_fault_is_forgotten():
     """A file that ends within its tables says nothing of its size, and the next is not taken for it."""
     good, cut = jpeg(picture(64, 48)), jpeg(picture(64, 48))[:300]
