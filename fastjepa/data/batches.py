@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from fastjepa.data.augment import Augment
 from fastjepa.data.drawing import Placed, draw_crops, finish_crops
@@ -20,6 +20,8 @@ from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 Masks = list[Tensor] | Ragged
+
+PREFETCH = 2  # batches that each worker is ahead
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,26 @@ class TrainingBatches(Dataset):
 
     def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
         """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""
+        ring = None
+        if workers and not self.augment.engine.late:
+            size = self.augment.crop_size
+            shape = (PREFETCH * workers + 1, self.batch_size, size, size, 3)
+            ring = torch.empty(shape, dtype=torch.uint8).share_memory_()
         loader = DataLoader(
-            _Made(self),
+            _Made(self, start, ring),
             batch_size=None,
             sampler=range(start, end),
             num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             pin_memory=pin,
             collate_fn=_whole,
             generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
-        return (self._finish(made) for made in loader)
+        # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
+        return self._stream(iter(loader), copies=ring is not None and not pin)
 
-    def _make(self, step: int) -> tuple[Batch, list[Placed]]:
-        """What a worker does for a step; pictures that are decoded late come encoded beside the batch."""
+    def _make(self, step: int, out: Tensor | None = None) -> tuple[Batch, list[Placed]]:
+        """What a worker does for a step, the images in `out`; pictures decoded late come encoded beside the batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         number = step * self.world + self.rank  # each process draws from streams of its own
         first = (place * self.world + self.rank) * self.batch_size
@@ -135,11 +144,15 @@ class TrainingBatches(Dataset):
         masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, number])
         targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
         images = torch.empty(0, dtype=torch.uint8)
-        if drawn.crops:  # in a worker, straight into shared memory
-            images = default_collate([crop.permute(1, 2, 0) for crop in drawn.crops]).permute(0, 3, 1, 2)
+        if drawn.crops:
+            images = torch.stack([crop.permute(1, 2, 0) for crop in drawn.crops], out=out).permute(0, 3, 1, 2)
         samples = torch.tensor(drawn.samples)
         unreadable = tuple(drawn.unreadable)
         return Batch(images, masks_enc, masks_pred, targets, samples, unreadable, drawn.fallback), drawn.placed
+
+    def _stream(self, made: Iterator[tuple[Batch, list[Placed]]], copies: bool) -> Iterator[Batch]:
+        for batch in map(self._finish, made):
+            yield replace(batch, images=batch.images.clone()) if copies else batch
 
     def _finish(self, made: tuple[Batch, list[Placed]]) -> Batch:
         """The batch, with what its worker left to the process that trains."""
@@ -155,13 +168,19 @@ class TrainingBatches(Dataset):
 
 
 class _Made(Dataset):
-    """What workers do, by step."""
+    """What workers do, by step.
 
-    def __init__(self, batches: TrainingBatches):
-        self.batches = batches
+    Images are written round and round into `ring`, shared memory [slots, B, H, W, 3]: new memory for each batch costs
+    its pages. The loader has at most PREFETCH batches a worker under way beyond the one that it gave last, so with one
+    slot more than those none is written before the next batch is asked for.
+    """
+
+    def __init__(self, batches: TrainingBatches, start: int, ring: Tensor | None):
+        self.batches, self.start, self.ring = batches, start, ring
 
     def __getitem__(self, step: int) -> tuple[Batch, list[Placed]]:
-        return self.batches._make(step)
+        out = None if self.ring is None else self.ring[(step - self.start) % len(self.ring)]
+        return self.batches._make(step, out)
 
 
 class Unreadable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from contextlib import suppress
 from unittest import mock
 
 import numpy as np
@@ -197,12 +198,10 @@ def test_faults_crash_nothing(subsampling, progressive, changes):
     data = bytearray(jpeg(picture(40, 30), subsampling=subsampling, progressive=progressive))
     for place, value in changes:
         data[2 + int(place**2 * (len(data) - 3))] = value  # headers more often than what follows
-    try:
+    with suppress(UnreadableImage):
         width, height = TURBO.size(bytes(data))
         if width * height < 1e6:
             assert TURBO.crop(bytes(data), (0, 0, width, height), 8).pixels.shape == (3, 8, 8)
-    except UnreadableImage as error:
-        assert str(error)
 
 
 @needs_turbo
