@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from fastjepa.data.augment import Augment
 from fastjepa.data.drawing import Placed, draw_crops, finish_crops
@@ -22,14 +22,17 @@ from fastjepa.ragged import Ragged
 Masks = list[Tensor] | Ragged
 LOST_WORKER = ("DataLoader worker (pid", "DataLoader timed out")  # how PyTorch's errors begin
 
+PREFETCH = 2  # batches that each worker is ahead
+
 
 @dataclass(frozen=True)
 class Batch:
     """One step's input.
 
-    Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; targets of masks_pred; samples int64 [B],
-    index of each picture; num_patches: N, of a whole picture; unreadable: what could not be read while making it, a
-    line each (another picture stands in); fallback: the first picture that the engine left to Pillow, and why.
+    Shapes: images uint8 [B, 3, H, W], torch.channels_last in memory; masks as `MaskCollator` gives them; targets of
+    masks_pred; samples int64 [B], index of each picture; num_patches: N, of a whole picture; unreadable: what could not
+    be read while making it, a line each (another picture stands in); fallback: the first picture that the engine left
+    to Pillow, and why.
     """
 
     images: Tensor
@@ -156,19 +159,9 @@ class TrainingBatches(Dataset):
         """
         lost, step = 0, start
         while step < end:
-            loader = DataLoader(
-                _Made(self),
-                batch_size=None,
-                sampler=range(step, end),
-                num_workers=workers,
-                pin_memory=pin,
-                collate_fn=_whole,
-                timeout=patience if workers else 0,
-                generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
-            )
             try:
-                for made in loader:
-                    yield self._finish(made)
+                for batch in self._stream(step, end, workers, pin, patience):
+                    yield batch
                     step += 1
             except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
                 if not workers or not _is_lost(error):
@@ -181,8 +174,30 @@ class TrainingBatches(Dataset):
                     ) from error
                 say(f"warning: a data worker was lost at step {step} ({error}); all are started anew")
 
-    def _make(self, step: int) -> tuple[Batch, list[Placed]]:
-        """What a worker does for a step; pictures that are decoded late come encoded beside the batch."""
+    def _stream(self, start: int, end: int, workers: int, pin: bool, patience: float) -> Iterator[Batch]:
+        ring = None
+        if workers and not self.augment.engine.late:
+            size = self.augment.crop_size
+            shape = (PREFETCH * workers + 1, self.batch_size, size, size, 3)
+            ring = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        loader = DataLoader(
+            _Made(self, start, ring),
+            batch_size=None,
+            sampler=range(start, end),
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=pin,
+            collate_fn=_whole,
+            timeout=patience if workers else 0,
+            generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
+        )
+        # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
+        copies = ring is not None and not pin
+        for batch in map(self._finish, loader):
+            yield replace(batch, images=batch.images.clone()) if copies else batch
+
+    def _make(self, step: int, out: Tensor | None = None) -> tuple[Batch, list[Placed]]:
+        """What a worker does for a step, the images in `out`; pictures decoded late come encoded beside the batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         size = self.batch_size * self.world
         masks = self.masks.draw(size, [self.seed, 2, step])
@@ -193,8 +208,9 @@ class TrainingBatches(Dataset):
         masks_enc, masks_pred = masks.masks(mine)
         patches = self.masks.height * self.masks.width
         targets = TargetRows.build(masks_pred, self.batch_size, patches)
-        # default_collate: in a worker, straight into shared memory.
-        images = default_collate(drawn.crops) if drawn.crops else torch.empty(0, dtype=torch.uint8)
+        images = torch.empty(0, dtype=torch.uint8)
+        if drawn.crops:
+            images = torch.stack([crop.permute(1, 2, 0) for crop in drawn.crops], out=out).permute(0, 3, 1, 2)
         samples = torch.tensor(drawn.samples)
         unreadable = tuple(drawn.unreadable)
         return Batch(images, masks_enc, masks_pred, targets, samples, patches, unreadable, drawn.fallback), drawn.placed
@@ -233,13 +249,19 @@ def dealt(tokens: np.ndarray, rank: int, world: int) -> np.ndarray:
 
 
 class _Made(Dataset):
-    """What workers do, by step."""
+    """What workers do, by step.
 
-    def __init__(self, batches: TrainingBatches):
-        self.batches = batches
+    Images are written round and round into `ring`, shared memory [slots, B, H, W, 3]: new memory for each batch costs
+    its pages. The loader has at most PREFETCH batches a worker under way beyond the one that it gave last, so with one
+    slot more than those none is written before the next batch is asked for.
+    """
+
+    def __init__(self, batches: TrainingBatches, start: int, ring: Tensor | None):
+        self.batches, self.start, self.ring = batches, start, ring
 
     def __getitem__(self, step: int) -> tuple[Batch, list[Placed]]:
-        return self.batches._make(step)
+        out = None if self.ring is None else self.ring[(step - self.start) % len(self.ring)]
+        return self.batches._make(step, out)
 
 
 class Unreadable:

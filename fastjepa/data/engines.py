@@ -17,7 +17,7 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 
 
 class Crop(NamedTuple):
-    """uint8 [3, size, size]; and, where an engine left it to Pillow, why."""
+    """uint8 [3, size, size], in memory mostly [size, size, 3]; and, where an engine left it to Pillow, why."""
 
     pixels: Tensor
     aside: str | None = None
@@ -73,8 +73,8 @@ class PillowEngine(Engine):
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as uint8 [3, H, W]."""
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    """An RGB picture as uint8 [3, H, W], in memory still [H, W, 3]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def choose_engine(name: str, device: torch.device | None = None) -> Engine:

@@ -33,8 +33,8 @@ class EpochOrder:
 
 
 def _by_blocks(blocks: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    starts = np.cumsum([0, *blocks])
-    shuffled = rng.permutation(len(blocks))
+    starts = np.cumsum([0, *blocks]).tolist()
+    shuffled = rng.permutation(len(blocks)).tolist()
     order = []
     for first in range(0, len(blocks), WINDOW):
         window = [np.arange(starts[b], starts[b + 1]) for b in shuffled[first : first + WINDOW]]

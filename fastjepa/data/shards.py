@@ -161,7 +161,6 @@ def _scan(path: Path) -> Iterator[list[Member]]:
                     yield sample
                 key, sample = (folder, stem), []
             sample.append(Member(extension, info.offset_data, info.size, info.name))
-            archive.members.clear()  # or it keeps every one
     if sample:
         yield sample
 

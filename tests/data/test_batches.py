@@ -263,7 +263,7 @@ def test_a_worker_that_is_lost_twice_ends_the_run(pictures):
 
 
 def test_a_worker_that_hangs_is_lost(pictures, monkeypatch):
-    monkeypatch.setattr(TrainingBatches, "_make", lambda self, step: time.sleep(1000))
+    monkeypatch.setattr(TrainingBatches, "_make", lambda self, *_: time.sleep(1000))
     said = []
     with pytest.raises(OSError, match="lost twice"):
         next(make(pictures).loader(0, 4, 1, False, said.append, patience=1.0))

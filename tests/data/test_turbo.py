@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from contextlib import suppress
 from unittest import mock
 
 import numpy as np
@@ -187,6 +188,20 @@ def test_a_header_that_promises_too_much_is_refused_before_memory_is_taken():
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # height and width 65500
     with pytest.raises(UnreadableImage, match="pixels"):
         TURBO.size(bytes(data))
+
+
+@needs_turbo
+@settings(max_examples=150)
+@given(st.sampled_from([0, 1, 2]), st.booleans(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=9))
+def test_faults_crash_nothing(subsampling, progressive, changes):
+    """Bytes changed anywhere: a crop of the right shape, or an error that says why."""
+    data = bytearray(jpeg(picture(40, 30), subsampling=subsampling, progressive=progressive))
+    for place, value in changes:
+        data[2 + int(place**2 * (len(data) - 3))] = value  # headers more often than what follows
+    with suppress(UnreadableImage):
+        width, height = TURBO.size(bytes(data))
+        if width * height < 1e6:
+            assert TURBO.crop(bytes(data), (0, 0, width, height), 8).pixels.shape == (3, 8, 8)
 
 
 @needs_turbo
