@@ -20,16 +20,18 @@ SUITES = {
     "step": "whole training steps: eager, compiled and ours in one run",
     "curve": "500 steps of training in bf16: ours within the scatter of eager's seeds",
     "scaling": "a training step against batch, tokens, width and parameters",
+    "swap": "models of other codebases before and after fastjepa.patch",
     "masks": "what drawing masks costs",
     "input": "what reading pictures costs",
     "codegen": "every kernel compiled for chips that need not be here",
     "host": "what launching costs the processor, with no GPU needed",
     "count": "what a whole step launches, moves and allocates, by count; nothing runs",
     "budget": "the least time that each part of a step of ours can take, by count; nothing runs",
+    "faults": "bad days of a run, each done to a real one, and what was lost",
     "roofline": "what each operation costs at least, by count; nothing runs",
     "report": "tables and pictures of results",
 }
-UNTIMED = ("codegen", "roofline", "count", "budget", "report")  # suites whose rows are no machine's
+UNTIMED = ("codegen", "roofline", "count", "budget", "faults", "report")  # suites whose rows are no machine's
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -319,6 +319,7 @@ def _sources(row: dict) -> list[dict[str, Any]]:
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of rows, its columns all keys that come."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(head, "")) for head in heads) + " |" for row in rows)])

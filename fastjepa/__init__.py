@@ -19,6 +19,7 @@ from fastjepa.nn import (
 from fastjepa.objective import IJEPA
 from fastjepa.optim import AdamWEMA
 from fastjepa.pairing import TargetRows
+from fastjepa.patch import PatchReport, patch, patch_gathers, unpatch
 from fastjepa.pretrained import load_encoder
 from fastjepa.ragged import Ragged
 
@@ -29,6 +30,7 @@ __all__ = [
     "IJEPA",
     "AdamWEMA",
     "MaskCollator",
+    "PatchReport",
     "Ragged",
     "RaggedAttention",
     "TargetRows",
@@ -37,7 +39,10 @@ __all__ = [
     "apply_masks",
     "load_encoder",
     "ops",
+    "patch",
+    "patch_gathers",
     "read_checkpoint",
+    "unpatch",
     "vit_base",
     "vit_giant",
     "vit_huge",

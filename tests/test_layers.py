@@ -21,7 +21,19 @@ EVERYTHING = [ROOT / "setup.py", *KERNELS, *LIBRARY, *BENCHMARKS, *TESTS]
 # A module imports from rows above its own, and from within itself. "fastjepa" is the package's own __init__: whoever
 # imports a public name from there gets everything that it holds.
 LAYERS = (
-    ("kernels", "masks", "ragged", "pairing", "schedules", "config", "flops", "chips", "layouts", "huggingface"),
+    (
+        "kernels",
+        "masks",
+        "ragged",
+        "pairing",
+        "schedules",
+        "config",
+        "flops",
+        "chips",
+        "copies",
+        "layouts",
+        "huggingface",
+    ),
     ("ops", "checkpoint"),
     ("nn",),
     ("objective", "optim", "ema"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 Masks = list[Tensor] | Ragged
+LOST_WORKER = ("DataLoader worker (pid", "DataLoader timed out")  # how PyTorch's errors begin
 
 
 @dataclass(frozen=True)
@@ -143,18 +144,42 @@ class TrainingBatches(Dataset):
         """The batch of `step`."""
         return self._finish(self._make(step))
 
-    def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
-        """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""
-        loader = DataLoader(
-            _Made(self),
-            batch_size=None,
-            sampler=range(start, end),
-            num_workers=workers,
-            pin_memory=pin,
-            collate_fn=_whole,
-            generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
-        )
-        return (self._finish(made) for made in loader)
+    def loader(
+        self, start: int, end: int, workers: int, pin: bool, say: Callable[[str], None] = print, patience: float = 600.0
+    ) -> Iterator[Batch]:
+        """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for).
+
+        A worker that dies, or gives nothing for `patience` seconds, is told to `say`, and all are started anew, once.
+
+        Raises:
+            OSError: it happened again.
+        """
+        lost, step = 0, start
+        while step < end:
+            loader = DataLoader(
+                _Made(self),
+                batch_size=None,
+                sampler=range(step, end),
+                num_workers=workers,
+                pin_memory=pin,
+                collate_fn=_whole,
+                timeout=patience if workers else 0,
+                generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
+            )
+            try:
+                for made in loader:
+                    yield self._finish(made)
+                    step += 1
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not workers or not _is_lost(error):
+                    raise
+                lost += 1
+                if lost > 1:
+                    raise OSError(
+                        f"data workers were lost twice, now at step {step} ({error}); data.num_workers=0 reads "
+                        "pictures in the training process and shows what is wrong"
+                    ) from error
+                say(f"warning: a data worker was lost at step {step} ({error}); all are started anew")
 
     def _make(self, step: int) -> tuple[Batch, list[Placed]]:
         """What a worker does for a step; pictures that are decoded late come encoded beside the batch."""
@@ -185,6 +210,13 @@ class TrainingBatches(Dataset):
             name = self.augment.engine.name
             raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
         return replace(batch, images=images, fallback=fallback)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether PyTorch says by `error` that a worker is gone, not that something failed in one."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(LOST_WORKER)
+    return "DataLoader worker process" not in str(error)  # what it had made went with it, half handed over
 
 
 def dealt(tokens: np.ndarray, rank: int, world: int) -> np.ndarray:

@@ -211,7 +211,8 @@ def _train(
     every, save_every = config.logging.every, config.runtime.save_every
     workers, pin = config.data.num_workers, config.data.pin_mem and trainer.device.type == "cuda"
     try:
-        with closing(profiled(batches.loader(trainer.step, end, workers, pin), trainer, end, log.say)) as stream:
+        loader = batches.loader(trainer.step, end, workers, pin, log.say)
+        with closing(profiled(loader, trainer, end, log.say)) as stream:
             for batch in stream:
                 for line in unreadable.add(batch):
                     log.say(line)

@@ -48,7 +48,7 @@ def test_many_devices():
     assert text.count("| step |") == 2
     assert "| step | batch |" in text  # of two commands on one device
     assert "`python -m benchmarks step`, `python -m benchmarks step --batch-size 64` on NVIDIA H200" in text
-    assert "Not measured on NVIDIA L40S: kernels, scaling, masks, input, host." in text
+    assert "Not measured on NVIDIA L40S: kernels, scaling, swap, masks, input, host." in text
 
 
 def test_the_region_alone_is_replaced(tmp_path, monkeypatch, capsys):

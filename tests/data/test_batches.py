@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -229,3 +233,38 @@ def test_what_late_engines_cannot_do(pictures, tmp_path):
     bad.write_bytes(bad.read_bytes()[:60])  # its header is whole
     with pytest.raises(ValueError, match=r"002\.png .*; data\.engine=late replaces no such picture"):
         make(tmp_path, engine=Late())[0]
+
+
+def kill_a_worker(*_: object) -> None:
+    """SIGKILL to one of the workers of this process."""
+    workers = [child for child in multiprocessing.active_children() if child.pid]
+    os.kill(int(workers[0].pid or 0), signal.SIGKILL)
+
+
+def test_a_lost_worker_is_replaced_once(pictures):
+    batches, said = make(pictures), []
+    wanted = [batch.samples.tolist() for batch in batches.loader(0, 12, 0, False)]
+    found = []
+    for step, batch in enumerate(batches.loader(0, 12, 2, False, said.append)):
+        found.append(batch.samples.tolist())
+        if step == 3:
+            kill_a_worker()
+    assert found == wanted
+    assert len(said) == 1
+    assert "a data worker was lost at step" in said[0]
+
+
+def test_a_worker_that_is_lost_twice_ends_the_run(pictures):
+    batches, said = make(pictures), []
+    with pytest.raises(OSError, match="data workers were lost twice, now at step .*num_workers=0"):  # noqa: PT012
+        for batch in batches.loader(0, 40, 2, False, said.append):
+            kill_a_worker(batch)
+    assert len(said) == 1
+
+
+def test_a_worker_that_hangs_is_lost(pictures, monkeypatch):
+    monkeypatch.setattr(TrainingBatches, "_make", lambda self, step: time.sleep(1000))
+    said = []
+    with pytest.raises(OSError, match="lost twice"):
+        next(make(pictures).loader(0, 4, 1, False, said.append, patience=1.0))
+    assert "timed out" in said[0]
