@@ -133,8 +133,8 @@ class EMA(nn.Module):
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within the block `model` holds the average, for evaluation; then what it held before, bit for bit."""
-        pairs = _paired(self.module, model)
         with torch.no_grad():
+            pairs = _paired(self.module, model)
             held = [source.clone() for _, source, _ in pairs]
             _copy([source for _, source, _ in pairs], [target for target, _, _ in pairs])
         try:
@@ -152,7 +152,7 @@ class EMA(nn.Module):
                 continue
             targets, sources = groups.setdefault(target.device, ([], []))
             targets.append(target)
-            sources.append(source.to(target.device))
+            sources.append(source if source.device == target.device else source.to(target.device))
         for device, (targets, sources) in groups.items():
             self._average(device, targets, sources, decay)
 
@@ -202,13 +202,22 @@ def _paired(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor, 
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Parameters and buffers by the name that they have without wrappers, and whether each is a buffer."""
-    model = _unwrapped(model)
-    for part in model.modules():
+    """Parameters and buffers by the name that they have without wrappers, and whether each is a buffer.
+
+    Asked at every update, hence in one walk.
+    """
+    found: dict[str, tuple[Tensor, bool]] = {}
+    seen: set[int] = set()
+    for place, part in _unwrapped(model).named_modules():
         if _is_sharded(part):
             part.reshard()  # type: ignore[operator]  # the whole ones of a forward may still be in the shards' place
-    found = [(n, p, False) for n, p in model.named_parameters()] + [(n, b, True) for n, b in model.named_buffers()]
-    return {name.replace("_orig_mod.", ""): (_local(tensor.detach()), is_buffer) for name, tensor, is_buffer in found}
+        prefix = "".join(f"{name}." for name in place.split(".") if name and name != "_orig_mod")
+        for own, is_buffer in ((part._parameters, False), (part._buffers, True)):
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[prefix + name] = _local(tensor), is_buffer
+    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
