@@ -42,11 +42,13 @@ def find_registry_attention(where: str, module: Any, parent: nn.Module | None) -
         return Finding("attention", where, what, reason=ALREADY)
     if getattr(module, "is_causal", False):
         return Finding("attention", where, what, reason="is causal, and the kernel has no mask")
+    width = next((m.in_features for m in module.modules() if isinstance(m, nn.Linear)), None)
+    if width is None:
+        return Finding("attention", where, what, reason="has no Linear")
     type(registry).register(IMPLEMENTATION, attention)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION
     setattr(own, _STOCK, config)
-    width = next(m.in_features for m in module.modules() if isinstance(m, nn.Linear))
     changes = [Change(module, "config", config, own)]
     if "output_attentions" in arguments(module):
         ours = swapped(type(module), {"forward": _telling(module)})

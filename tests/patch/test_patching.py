@@ -259,6 +259,15 @@ def test_what_cannot_be_verified_as_a_whole_says_so():
         assert fastjepa.patch(model, verify=False).active
 
 
+def test_an_output_without_tensors_is_not_taken_for_the_same():
+    class Opaque(nn.Sequential):
+        def forward(self, x):
+            return {1: object()} if super().forward(x).numel() else None
+
+    with pytest.raises(ValueError, match="its output holds no floating tensor"):
+        fastjepa.patch(Opaque(nn.LayerNorm(8)), probe=(torch.randn(2, 8),))
+
+
 def test_a_frozen_teacher_is_compared_by_its_outputs():
     report = fastjepa.patch(VisionTransformer().requires_grad_(False))
     assert report.verification is not None
