@@ -9,15 +9,14 @@ process that receives the batches takes is not counted. The files are in the sys
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -25,275 +24,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.masks import SETTINGS
+from benchmarks.pipelines import (
+    CROP,
+    ENGINES,
+    HEIGHT,
+    SEED,
+    TIMEOUT,
+    WIDTH,
+    Engine,
+    FastJEPA,
+    Published,
+    Sample,
+    one_line,
+)
 from benchmarks.tables import columns
-from fastjepa import MaskCollator
-from fastjepa.data import Augment, Batch, ImageFolder, TrainingBatches, random_resized_crop
-from fastjepa.evaluation.features import MEAN, STD
+from fastjepa.data import Batch
 
-WIDTH, HEIGHT = 500, 375  # of a picture
-CROP, SCALE, PATCH = 224, (0.3, 1.0), 14
-BATCH = 16
-SEED = 0
+BATCH = 128  # as in the official recipes
 REPEATS = 5
-SAMPLES = 8  # crops of an engine that are compared with Pillow's
-ENDLESS = 1 << 40  # steps or pictures: more than any window takes
-TIMEOUT = 60  # seconds without a batch, after which an engine has failed
 NEEDED = (755, 2300)  # images a second: one H200, and a node of eight A100, at the rates aimed at
-
-
-class Sample(NamedTuple):
-    """A crop [3, 224, 224] in grey levels 0..255, and the file and (left, top, width, height) that it is of."""
-
-    path: str
-    box: tuple[int, int, int, int]
-    crop: Tensor
-
-
-class Engine(Dataset):
-    """A way from files to batches; batch number `step` is made by one worker, or on the GPU by the training process.
-
-    Attributes:
-        name: in the rows.
-        allowed: mean distance from Pillow's crops in grey levels, of 255; None where there are no crops.
-        in_process: the training process makes the batches, on the GPU, without workers.
-    """
-
-    name: str
-    allowed: float | None = 1.0  # for those that antialias with Pillow's own filter
-    in_process = False
-
-    def __init__(self, root: Path, batch: int):
-        self.folder, self.batch = ImageFolder(root), batch
-        self.paths = [str(path) for path in self.folder.paths]
-        self.masks = MaskCollator((CROP, CROP), PATCH, **SETTINGS)
-
-    @classmethod
-    def absent(cls) -> str | None:
-        """Why it cannot run here, in one line; None where it can."""
-        return None
-
-    def batches(self, workers: int) -> Iterator[Any]:
-        """Batches without end."""
-        if self.in_process:
-            return (self[step] for step in itertools.count())
-        return iter(DataLoader(self, None, sampler=range(ENDLESS), num_workers=workers, timeout=TIMEOUT))
-
-    def samples(self) -> list[Sample]:
-        """SAMPLES crops, made by the code that makes the batches."""
-        raise NotImplementedError
-
-    def box(self, draw: int) -> tuple[int, int, int, int]:
-        """The box of crop number `draw`: the same in every engine but DALI, which draws its own."""
-        return random_resized_crop(WIDTH, HEIGHT, SCALE, _stream(draw))
-
-
-class FastJEPA(Engine):
-    """The pipeline of `fastjepa train`."""
-
-    name = "fastjepa"
-
-    def __init__(self, root: Path, batch: int):
-        super().__init__(root, batch)
-        self.ours = TrainingBatches(self.folder, Augment(CROP, SCALE), self.masks, batch, SEED)
-
-    def batches(self, workers: int) -> Iterator[Any]:
-        return self.ours.loader(0, ENDLESS, workers, pin=False)
-
-    def samples(self) -> list[Sample]:
-        found = []
-        for draw in range(SAMPLES):
-            index = draw % len(self.paths)
-            crop = self.ours.augment(self.folder.load(index), _stream(draw))
-            found.append(Sample(self.paths[index], self.box(draw), crop.float()))
-        return found
-
-
-class PerPicture(Engine):
-    """One whose workers crop picture after picture and collate them with `MaskCollator`."""
-
-    def __getitem__(self, draw: int) -> Tensor:
-        return self.crop(self.paths[draw % len(self.paths)], draw)
-
-    def batches(self, workers: int) -> Iterator[Any]:
-        draws, masks = range(ENDLESS), self.masks
-        return iter(DataLoader(self, self.batch, False, draws, num_workers=workers, collate_fn=masks, timeout=TIMEOUT))
-
-    def samples(self) -> list[Sample]:
-        draws = range(SAMPLES)
-        return [Sample(self.paths[i % len(self.paths)], self.box(i), self.levels(self[i])) for i in draws]
-
-    def crop(self, path: str, draw: int) -> Tensor:
-        """Crop number `draw`, of `path`: [3, 224, 224]."""
-        raise NotImplementedError
-
-    def levels(self, crop: Tensor) -> Tensor:
-        """A crop in grey levels 0..255."""
-        return crop.float()
-
-
-class Published(PerPicture):
-    """As published training code has it: the whole picture decoded, cropped, and normalised, all in the workers."""
-
-    name = "pillow, as published"
-
-    def crop(self, path: str, draw: int) -> Tensor:
-        with open(path, "rb") as file:
-            picture = Image.open(file).convert("RGB")
-        left, top, width, height = random_resized_crop(picture.width, picture.height, SCALE, _stream(draw))
-        picture = picture.crop((left, top, left + width, top + height))
-        picture = picture.resize((CROP, CROP), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-        return pixels.sub_(_column(MEAN)).div_(_column(STD))
-
-    def levels(self, crop: Tensor) -> Tensor:
-        return 255 * (crop * _column(STD) + _column(MEAN))
-
-
-class DecodeOnly(PerPicture):
-    """Pillow decodes, and nothing else is done: a roof for whatever decodes whole pictures with it."""
-
-    name = "pillow, decode only"
-    allowed = None
-
-    def crop(self, path: str, draw: int) -> Tensor:
-        with open(path, "rb") as file:
-            Image.open(file).convert("RGB")
-        return torch.empty(0)
-
-
-class SimpleJPEG(PerPicture):
-    """libjpeg-turbo, then OpenCV's area resize, which antialiases with a box where Pillow does with a triangle."""
-
-    name = "simplejpeg + OpenCV"
-    allowed = 3.0
-
-    @classmethod
-    def absent(cls) -> str | None:
-        return _missing("simplejpeg", "cv2")
-
-    def crop(self, path: str, draw: int) -> Tensor:
-        import cv2
-        import simplejpeg
-
-        cv2.setNumThreads(1)
-        with open(path, "rb") as file:
-            pixels = simplejpeg.decode_jpeg(file.read())
-        left, top, width, height = random_resized_crop(pixels.shape[1], pixels.shape[0], SCALE, _stream(draw))
-        pixels = pixels[top : top + height, left : left + width]
-        pixels = cv2.resize(pixels, (CROP, CROP), interpolation=cv2.INTER_AREA)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
-class Torchvision(PerPicture):
-    """torchvision's own decoder, then its crop and antialiased resize of uint8 tensors."""
-
-    name = "torchvision"
-
-    @classmethod
-    def absent(cls) -> str | None:
-        return _missing("torchvision")
-
-    def crop(self, path: str, draw: int) -> Tensor:
-        return _torchvision_crops([path], [draw], "cpu")[0]
-
-
-class NvJPEG(Engine):
-    """torchvision with nvJPEG: a batch is decoded, cropped and resized on the GPU."""
-
-    name = "torchvision nvJPEG"
-    in_process = True
-    device = "cuda"
-
-    @classmethod
-    def absent(cls) -> str | None:
-        return _missing("torchvision") or _no_gpu()
-
-    def __getitem__(self, step: int) -> tuple:
-        batch = torch.stack(self._crops(range(step * self.batch, (step + 1) * self.batch)))
-        return _done(batch), *self.masks.sample(self.batch, [SEED, step])
-
-    def samples(self) -> list[Sample]:
-        crops = self._crops(range(SAMPLES))
-        return [Sample(self.paths[i % len(self.paths)], self.box(i), c.float().cpu()) for i, c in enumerate(crops)]
-
-    def _crops(self, draws: range) -> list[Tensor]:
-        return _torchvision_crops([self.paths[i % len(self.paths)] for i in draws], draws, self.device)
-
-
-class DALI(Engine):
-    """NVIDIA DALI with one thread in each worker; only the pixels of the crop are decoded."""
-
-    name = "DALI"
-    device = "cpu"
-    pipeline: Any = None  # made by the process that uses it
-
-    @classmethod
-    def absent(cls) -> str | None:
-        return _missing("nvidia.dali")
-
-    def __getitem__(self, step: int) -> tuple:
-        batch = torch.from_dlpack(self._run()[0].as_tensor()).clone()  # DALI will write there again
-        return _done(batch), *self.masks.sample(self.batch, [SEED, step])
-
-    def samples(self) -> list[Sample]:
-        found = []
-        while len(found) < SAMPLES:
-            crops, *rest = (out.as_cpu().as_array() for out in self._run())
-            for crop, label, (top, left), (height, width) in zip(crops, *rest, strict=True):
-                box = int(left), int(top), int(width), int(height)
-                found.append(Sample(self.paths[int(label[0])], box, torch.from_numpy(crop.copy()).float()))
-        return found[:SAMPLES]
-
-    def _run(self) -> tuple:
-        """A batch: crops uint8 [B, 3, 224, 224], indices of files, (top, left) and (height, width) of boxes."""
-        if self.pipeline is None:
-            self.pipeline = self._pipeline()
-            self.pipeline.build()
-        return self.pipeline.run()
-
-    def _pipeline(self) -> Any:
-        from nvidia.dali import Pipeline, fn, types
-
-        worker = get_worker_info()
-        gpu = self.device == "gpu"
-        made = Pipeline(self.batch, 1, 0 if gpu else None, seed=SEED + (worker.id if worker else 0))
-        with made:
-            files, labels = fn.readers.file(files=self.paths, labels=list(range(len(self.paths))), random_shuffle=True)
-            start, size = fn.random_crop_generator(
-                fn.peek_image_shape(files), random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3)
-            )
-            crops = fn.decoders.image_slice(
-                files, start=start, shape=size, axis_names="HW", output_type=types.RGB, device="mixed" if gpu else "cpu"
-            )
-            crops = fn.resize(
-                crops, size=(CROP, CROP), interp_type=types.INTERP_LINEAR, antialias=True, dtype=types.UINT8
-            )
-            made.set_outputs(fn.transpose(crops, perm=[2, 0, 1]), labels, start, size)
-        return made
-
-
-class DALIOnGPU(DALI):
-    """DALI that decodes, crops and resizes on the GPU."""
-
-    name = "DALI, GPU decode"
-    in_process = True
-    device = "gpu"
-
-    @classmethod
-    def absent(cls) -> str | None:
-        return _missing("nvidia.dali") or _no_gpu()
-
-
-ENGINES = (FastJEPA, Published, DecodeOnly, Torchvision, SimpleJPEG, DALI, NvJPEG, DALIOnGPU)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is read, by how many, and how long."""
-    parser.add_argument("--pictures", type=int, default=64, help="how many JPEG files are made")
+    parser.add_argument("--pictures", type=int, default=128, help="how many JPEG files are made")
     parser.add_argument("--workers", type=int, action="append", help="processes that decode; again for more (1 and 2)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each engine and number of workers")
     names = "; ".join(engine.name for engine in ENGINES)
@@ -340,13 +96,19 @@ def _line(row: dict) -> dict[str, Any]:
         "spread": f"{row['spread']:.0f}",
         "a core": f"{row['images_per_second_per_core']:.0f}",
         "x published": f"{row['over_published']:.2f}" if "over_published" in row else None,
+        "CPU ms/image": f"{row['cpu_ms']:.2f}" if "cpu_ms" in row else None,
+        "x published, CPU": f"{row['cpu_over_published']:.2f}" if "cpu_over_published" in row else None,
+        "x one worker": f"{row['over_one_worker']:.2f}" if "over_one_worker" in row else None,
         "error/255": f"{row['error']:.2f}" if "error" in row else None,
     }
     return shown | {f"cores for {rate}/s": row[f"cores_for_{rate}"] for rate in NEEDED}
 
 
 def measure(
-    pictures: int = 64, workers: Sequence[int] = (1, 2), seconds: float = 3.0, engines: Sequence[type[Engine]] = ENGINES
+    pictures: int = 128,
+    workers: Sequence[int] = (1, 2),
+    seconds: float = 3.0,
+    engines: Sequence[type[Engine]] = ENGINES,
 ) -> list[dict]:
     """A row for each engine and number of workers: images a second that reach the training process.
 
@@ -354,7 +116,10 @@ def measure(
     `absent` where the engine is not here. Decoding on the GPU has one row: its only worker is the training process.
     `picture_bytes` is the mean of a file, `spread` the fastest window less the slowest, `cores_for_755` how many cores
     give 755 images a second at the rate of one, `over_published` the rate over the published way's with as many
-    workers.
+    workers, `over_one_worker` the rate over that of one worker.
+
+    `cpu_ms` is what an image costs the workers in time of a processor, whoever else uses the machine, where the system
+    tells it; `cpu_over_published` is the published way's over it.
 
     Raises:
         ValueError: no pictures, workers or seconds.
@@ -367,7 +132,7 @@ def measure(
         batch = min(BATCH, pictures)
         common = {"batch": batch, "pictures": pictures, "picture_bytes": size}
         rows: list[dict] = []
-        timed: list[tuple[dict, Engine, list[float]]] = []
+        timed: list[tuple[dict, Engine, list[Window]]] = []
         for kind in engines:
             row, engine = _checked(kind, Path(folder), batch)
             for count in (1,) if kind.in_process else dict.fromkeys(workers):
@@ -377,16 +142,29 @@ def measure(
         for _ in range(REPEATS):  # engines in turn, so that a slow moment of the machine meets all of them
             for row, engine, rates in timed:
                 rates.append(_window(engine, row["workers"], seconds / REPEATS))
-    for row, _, rates in timed:
+    for row, _, windows in timed:
+        rates = [window.rate for window in windows]
         rate = statistics.median(rates)
         each = rate / min(row["workers"], len(_cores()))
         row |= {"images_per_second": rate, "spread": max(rates) - min(rates), "images_per_second_per_core": each}
         row |= {f"cores_for_{needed}": math.ceil(needed / each) for needed in NEEDED}
-    published = {row["workers"]: row["images_per_second"] for row, engine, _ in timed if isinstance(engine, Published)}
-    for row, _, _ in timed:
-        if row["workers"] in published:
-            row["over_published"] = row["images_per_second"] / published[row["workers"]]
+        if used := [1e3 * window.cpu for window in windows if window.cpu]:
+            row["cpu_ms"] = statistics.median(used)
+    _compare(timed)
     return rows
+
+
+def _compare(timed: Sequence[tuple[dict, Engine, Any]]) -> None:
+    """Put into the rows how they stand to the published way, and to themselves with one worker."""
+    published = {row["workers"]: row for row, engine, _ in timed if isinstance(engine, Published)}
+    alone = {row["engine"]: row["images_per_second"] for row, _, _ in timed if row["workers"] == 1}
+    for row, _, _ in timed:
+        if theirs := published.get(row["workers"]):
+            row["over_published"] = row["images_per_second"] / theirs["images_per_second"]
+            if "cpu_ms" in row and "cpu_ms" in theirs:
+                row["cpu_over_published"] = theirs["cpu_ms"] / row["cpu_ms"]
+        if row["workers"] > 1 and row["engine"] in alone:
+            row["over_one_worker"] = row["images_per_second"] / alone[row["engine"]]
 
 
 def make_pictures(root: Path, count: int, seed: int = SEED) -> float:
@@ -434,7 +212,7 @@ def _checked(kind: type[Engine], root: Path, batch: int) -> tuple[dict, Engine |
         first = next(engine.batches(1))
     except Exception as failure:  # whatever a peer does, the others have their rows
         traceback.clear_frames(failure.__traceback__)  # which hold the workers, in a circle with the failure
-        return {"wrong" if kind is FastJEPA else "absent": f"fails: {_one_line(failure)}"}, None
+        return {"wrong" if issubclass(kind, FastJEPA) else "absent": f"fails: {one_line(failure)}"}, None
     row = {"error": error, "error_allowed": kind.allowed}
     shape = tuple((first.images if isinstance(first, Batch) else first[0]).shape)
     if not error <= kind.allowed:
@@ -472,8 +250,15 @@ def _made(engine: Engine) -> list[Sample]:
     return next(iter(DataLoader(_Samples(engine), None, sampler=range(1), num_workers=1, timeout=TIMEOUT)))
 
 
-def _window(engine: Engine, workers: int, seconds: float) -> float:
-    """Images a second in whole rounds of a batch from each worker, after a first round in which the workers start."""
+class Window(NamedTuple):
+    """Images a second, and the seconds of a processor that each took in the workers, where the system tells."""
+
+    rate: float
+    cpu: float | None
+
+
+def _window(engine: Engine, workers: int, seconds: float) -> Window:
+    """Whole rounds of a batch from each worker, after a first round in which the workers start."""
     end = time.perf_counter() + seconds
     with _on_cores(workers):  # what is started here stays there
         batches = engine.batches(workers)
@@ -482,13 +267,24 @@ def _window(engine: Engine, workers: int, seconds: float) -> float:
     return _rate(batches, engine.batch, workers, end)
 
 
-def _rate(batches: Iterator[Any], batch: int, workers: int, end: float) -> float:
+def _rate(batches: Iterator[Any], batch: int, workers: int, end: float) -> Window:
     _take(batches, workers)
-    start, count = time.perf_counter(), 0
+    processes = [child.pid for child in multiprocessing.active_children() if child.pid]
+    used, start, count = _cpu_time(processes), time.perf_counter(), 0
     while not count or time.perf_counter() < end:
         _take(batches, workers)
         count += workers * batch
-    return count / (time.perf_counter() - start)
+    rate = count / (time.perf_counter() - start)
+    return Window(rate, (_cpu_time(processes) - used) / count if used else None)
+
+
+def _cpu_time(processes: Sequence[int]) -> float:
+    """Seconds of a processor that processes have taken; 0 where the system does not tell."""
+    try:
+        spent = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in processes]
+    except OSError:
+        return 0.0
+    return sum(int(user) + int(system) for user, system in spent) / os.sysconf("SC_CLK_TCK")
 
 
 def _take(batches: Iterator[Any], count: int) -> None:
@@ -513,53 +309,3 @@ def _on_cores(count: int) -> Iterator[None]:
 def _cores() -> Sequence[int]:
     """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-
-
-def _stream(draw: int) -> np.random.Generator:
-    return np.random.default_rng([SEED, draw])
-
-
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1)
-
-
-def _torchvision_crops(paths: Sequence[str], draws: Sequence[int], device: str) -> list[Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
-    from torchvision.transforms.v2.functional import resized_crop
-
-    crops = []
-    pictures = decode_jpeg([read_file(path) for path in paths], ImageReadMode.RGB, device=device)
-    for picture, draw in zip(pictures, draws, strict=True):
-        height, width = picture.shape[-2:]
-        left, top, width, height = random_resized_crop(width, height, SCALE, _stream(draw))
-        crops.append(resized_crop(picture, top, left, height, width, [CROP, CROP], antialias=True))
-    return crops
-
-
-def _done(images: Tensor) -> Tensor:
-    """`images`, once they are there."""
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return images
-
-
-def _missing(*modules: str) -> str | None:
-    """Which of `modules` is not to be had, and why."""
-    for name in modules:
-        try:
-            import_module(name)
-        except ModuleNotFoundError:
-            return f"{name} is not installed"
-        except (ImportError, OSError, RuntimeError) as error:  # a library built for another torch or without its own
-            return f"{name} cannot be imported: {_one_line(error)}"
-    return None
-
-
-def _no_gpu() -> str | None:
-    return None if torch.cuda.is_available() else "decodes on the GPU, and there is none"
-
-
-def _one_line(error: Exception) -> str:
-    """What went wrong; of a failure in a worker, the last line of the traceback that the message holds."""
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return lines[-1 if "in DataLoader worker process" in lines[0] else 0][:100]

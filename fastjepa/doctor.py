@@ -31,20 +31,23 @@ PACKAGES = (
     Package("apex (NVIDIA)", ("apex",), "apex", "benchmark peer", "build from github.com/NVIDIA/apex"),
     Package("timm", ("timm",), "timm", "not used yet", "pip install timm"),
     Package("transformers", ("transformers",), "transformers", "not used yet", "pip install transformers"),
-    Package("simplejpeg", ("simplejpeg",), "simplejpeg", "not used yet", "pip install simplejpeg"),
-    Package(
-        "opencv",
-        ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"),
-        "cv2",
-        "not used yet",
-        "pip install opencv-python-headless",
-    ),
+    Package("turbojpeg", ("turbojpeg",), "turbojpeg", "reads pictures", "pip install turbojpeg"),
+    Package("pyarrow", ("pyarrow",), "pyarrow", "Arrow, Parquet", "pip install pyarrow"),
     Package(
         "DALI",
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
         "nvidia.dali",
-        "not used yet",
+        "data.engine",
         "pip install nvidia-dali-cuda130",
+    ),
+    Package("torchvision", ("torchvision",), "torchvision", "data.engine", "pip install torchvision"),
+    Package("simplejpeg", ("simplejpeg",), "simplejpeg", "benchmark peer", "pip install simplejpeg"),
+    Package(
+        "opencv",
+        ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"),
+        "cv2",
+        "benchmark peer",
+        "pip install opencv-python-headless",
     ),
     Package("scikit-learn", ("scikit-learn",), "sklearn", "demo", "pip install scikit-learn"),
     Package("scikit-image", ("scikit-image",), "skimage", "demo", "pip install scikit-image"),
@@ -60,7 +63,8 @@ def report() -> dict[str, Any]:
 
     Returns:
         `fastjepa` (version), `python`, `torch`, `triton`, `cuda`, `gpus` (name, memory_bytes, compute_capability),
-        `driver`, `operations` (name -> backend, reason) and `packages` (name -> version or None, status, note).
+        `driver`, `operations` (name -> backend, reason), `pictures` (engine, reason) and `packages` (name -> version or
+        None, status, note).
     """
     with warnings.catch_warnings():  # what is worth a warning is in the report
         warnings.simplefilter("ignore")
@@ -87,6 +91,7 @@ def render(report: dict[str, Any]) -> str:
         shared.setdefault((choice["backend"], choice["reason"]), []).append(name)
     for (backend, reason), names in shared.items():
         lines += [_cut(f"  {backend}: {reason}"), *_wrapped(names)]
+    lines += [_cut(f"  {report['pictures']['engine']}: {report['pictures']['reason']}"), "    pictures"]
     lines += ["", "Optional packages"]
     for name, package in report["packages"].items():
         state = {"installed": package["version"], "broken": "BROKEN", "other": "OTHER"}.get(package["status"], "-")
@@ -112,6 +117,7 @@ def _report() -> dict[str, Any]:
         "gpus": _gpus(),
         "driver": {"version": driver, "source": source},
         "operations": _operations(),
+        "pictures": _pictures(),
         "packages": {package.name: _package(package) for package in PACKAGES},
     }
 
@@ -219,6 +225,18 @@ def _operations() -> dict[str, dict[str, str]]:
         return {name: {"backend": choice.name, "reason": choice.reason} for name, choice in backends().items()}
     except BROKEN as error:
         return {"all": {"backend": "none", "reason": f"fastjepa.ops does not import: {_first_line(error)}"}}
+
+
+def _pictures() -> dict[str, str]:
+    """What data.engine=auto takes."""
+    try:
+        from fastjepa.data.turbo import find_turbo
+    except BROKEN as error:
+        return {"engine": "none", "reason": f"fastjepa.data does not import: {_first_line(error)}"}
+    try:
+        return {"engine": "turbo", "reason": f"libjpeg-turbo 3, {Path(find_turbo().path).name}"}
+    except ValueError as error:
+        return {"engine": "pillow", "reason": _first_line(error)}
 
 
 def _package(package: Package) -> dict[str, str | None]:

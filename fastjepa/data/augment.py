@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from fastjepa.config import DataConfig
+from fastjepa.data.engines import Box, Crop, Engine, PillowEngine, as_tensor
 
 
 @dataclass(frozen=True)
 class Augment:
     """Random resized crop, then what is switched on of flip, colour distortion and blur.
 
-    Called with an RGB picture and a numpy Generator -> uint8 [3, crop_size, crop_size].
+    Called with an encoded picture and a numpy Generator -> `Crop`: uint8 [3, crop_size, crop_size]. Its place is drawn
+    before the picture is decoded, so that `engine` can leave out what is not in it.
 
     Source: the published training code; crop and colour distortion as torchvision defines them for Pillow pictures.
     """
@@ -28,9 +29,10 @@ class Augment:
     color_jitter: float = 0.0  # strength; 0 with color_distortion still draws greyscale
     color_distortion: bool = False
     gaussian_blur: bool = False
+    engine: Engine = field(default_factory=PillowEngine)
 
     @classmethod
-    def from_config(cls, data: DataConfig) -> Augment:
+    def from_config(cls, data: DataConfig, engine: Engine) -> Augment:
         """As section `data` says."""
         return cls(
             data.crop_size,
@@ -39,25 +41,45 @@ class Augment:
             data.color_jitter_strength,
             data.use_color_distortion,
             data.use_gaussian_blur,
+            engine,
         )
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Draw one training crop of `image`."""
-        left, top, width, height = random_resized_crop(image.width, image.height, self.crop_scale, rng)
-        image = image.crop((left, top, left + width, top + height))
-        image = image.resize((self.crop_size, self.crop_size), Image.Resampling.BILINEAR)
-        if self.horizontal_flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    def __call__(self, data: bytes, rng: np.random.Generator) -> Crop:
+        """Draw one training crop of an encoded picture.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        crop = self.engine.crop(data, self.box(data, rng), self.crop_size)
+        return crop._replace(pixels=self.distort(crop.pixels, rng))
+
+    def box(self, data: bytes, rng: np.random.Generator) -> Box:
+        """Draw the place of a crop in an encoded picture.
+
+        Raises:
+            UnreadableImage: it has no header.
+        """
+        return random_resized_crop(*self.engine.size(data), self.crop_scale, rng)
+
+    def flips(self, rng: np.random.Generator) -> bool:
+        """Draw whether a crop is mirrored."""
+        return self.horizontal_flip and rng.random() < 0.5
+
+    def distort(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
+        """Flip, colour distortion and blur of a crop, uint8 [3, H, W], whichever are switched on."""
+        if self.flips(rng):
+            pixels = pixels.flip(-1)
+        if not (self.color_distortion or self.gaussian_blur):
+            return pixels
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         if self.color_distortion:
             image = _distort(image, self.color_jitter, rng)
         if self.gaussian_blur and rng.random() < 0.5:
             image = image.filter(ImageFilter.GaussianBlur(radius=rng.uniform(0.1, 2.0)))
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+        return as_tensor(image)
 
 
-def random_resized_crop(
-    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def random_resized_crop(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
     """(left, top, width, height) of a crop with an area in `scale` of the picture's and an aspect ratio in 3/4..4/3.
 
     After ten draws that do not fit, the largest centred crop of an allowed aspect ratio.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,22 +12,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastjepa.data.augment import Augment
-from fastjepa.data.folder import ImageFolder, UnreadableImage
+from fastjepa.data.drawing import Placed, draw_crops, finish_crops
+from fastjepa.data.order import EpochOrder
+from fastjepa.data.pictures import Pictures, UnreadableImage
 from fastjepa.masks import MaskCollator
 from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 Masks = list[Tensor] | Ragged
+LOST_WORKER = ("DataLoader worker (pid", "DataLoader timed out")  # how PyTorch's errors begin
 
-REPLACEMENTS = 20  # other pictures tried in place of an unreadable one
+PREFETCH = 2  # batches that each worker is ahead
 
 
 @dataclass(frozen=True)
 class Batch:
     """One step's input.
 
-    Shapes: images uint8 [B, 3, H, W]; masks as `MaskCollator` gives them; targets of masks_pred; samples int64 [B],
-    index of each picture; unreadable: what could not be read while making it, a line each (another picture stands in).
+    Shapes: images uint8 [B, 3, H, W], torch.channels_last in memory; masks as `MaskCollator` gives them; targets of
+    masks_pred; samples int64 [B], index of each picture; num_patches: N, of a whole picture; unreadable: what could not
+    be read while making it, a line each (another picture stands in); fallback: the first picture that the engine left
+    to Pillow, and why.
     """
 
     images: Tensor
@@ -35,7 +40,9 @@ class Batch:
     masks_pred: Masks
     targets: TargetRows
     samples: Tensor
+    num_patches: int
     unreadable: tuple[str, ...] = ()
+    fallback: str | None = None
 
     def pin_memory(self) -> Batch:
         """In page-locked memory (the DataLoader calls it)."""
@@ -64,61 +71,197 @@ class Batch:
             return len(self.masks_enc.values)
         return sum(m.numel() for m in self.masks_enc)
 
+    def parts(self, count: int) -> list[tuple[Batch, float]]:
+        """The batch in `count` parts of equal numbers of images, and the share of the target tokens that each has.
+
+        The losses of the parts, each times its share, add up to the batch's. For batches on the CPU.
+
+        Raises:
+            ValueError: a count that does not divide the images.
+        """
+        images = len(self.images)
+        if count < 1 or images % count:
+            raise ValueError(f"a batch of {images} images cannot be taken in {count} equal parts")
+        if count == 1:
+            return [(self, 1.0)]
+        size = images // count
+        found = [self._part(start, start + size) for start in range(0, images, size)]
+        tokens = [len(part.targets.place) for part in found]
+        return [(part, n / sum(tokens) if sum(tokens) else 0.0) for part, n in zip(found, tokens, strict=True)]
+
+    def _part(self, start: int, end: int) -> Batch:
+        masks_enc, masks_pred = (
+            masks.of_images(start, end) if isinstance(masks, Ragged) else [m[start:end] for m in masks]
+            for masks in (self.masks_enc, self.masks_pred)
+        )
+        targets = TargetRows.build(masks_pred, end - start, self.num_patches)
+        images, samples = self.images[start:end], self.samples[start:end]
+        return replace(
+            self, images=images, masks_enc=masks_enc, masks_pred=masks_pred, targets=targets, samples=samples
+        )
+
 
 class TrainingBatches(Dataset):
     """Batch number `step`: pictures of a permutation drawn for each epoch, crops and masks drawn for each step.
 
-    Everything follows from (seed, step), so neither the number of workers nor an interruption changes a batch. The
-    pictures left over at the end of an epoch, fewer than a batch, are dropped, as in the published code.
+    Everything follows from (seed, step), so neither the number of workers nor an interruption changes a batch. Of
+    `world` processes that train together, the one of `rank` takes its `batch_size` of the step's pictures; with
+    `Ragged` masks they are dealt out so that each has about as many tokens, and the step is the same whatever `world`
+    is. As lists, masks are cut to the shortest context of a process, as in the published code. The pictures
+    left over at the end of an epoch, fewer than a step needs, are dropped, as in the published code.
 
     Raises:
-        ValueError: fewer pictures than a batch needs.
+        ValueError: fewer pictures than a step needs, a rank that is not one of `world`, or an engine that cannot do
+            what `augment` asks of it.
     """
 
-    def __init__(self, folder: ImageFolder, augment: Augment, masks: MaskCollator, batch_size: int, seed: int = 0):
-        if len(folder) < batch_size:
+    def __init__(
+        self,
+        folder: Pictures,
+        augment: Augment,
+        masks: MaskCollator,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be one of 0 to world - 1, got rank={rank} and world={world}")
+        if len(folder) < batch_size * world:
+            processes = f" for each of {world} processes" if world > 1 else ""
             raise ValueError(
-                f"data.batch_size={batch_size} is more than the {len(folder)} pictures in {folder.root}; lower it"
+                f"data.batch_size={batch_size}{processes} is more than the {len(folder)} pictures in {folder.root}; "
+                "lower it"
             )
         self.folder, self.augment, self.masks = folder, augment, masks
-        self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch = len(folder) // batch_size
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.steps_per_epoch = len(folder) // (batch_size * world)
+        if augment.engine.late and (augment.color_distortion or augment.gaussian_blur):
+            raise ValueError(
+                f"data.engine={augment.engine.name} decodes on the device, without colour distortion or blur; "
+                "turbo and pillow do them in the workers"
+            )
+        self.order = EpochOrder(len(folder), seed, folder.blocks)
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.folder))
-        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-        rng = np.random.default_rng([self.seed, 1, step])
-        unreadable: list[str] = []
-        images, samples = zip(*(self._crop(int(i), rng, unreadable) for i in chosen), strict=True)
-        masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, step])
-        targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
-        return Batch(torch.stack(images), masks_enc, masks_pred, targets, torch.tensor(samples), tuple(unreadable))
+        """The batch of `step`."""
+        return self._finish(self._make(step))
 
-    def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
-        """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""
+    def loader(
+        self, start: int, end: int, workers: int, pin: bool, say: Callable[[str], None] = print, patience: float = 600.0
+    ) -> Iterator[Batch]:
+        """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for).
+
+        A worker that dies, or gives nothing for `patience` seconds, is told to `say`, and all are started anew, once.
+
+        Raises:
+            OSError: it happened again.
+        """
+        lost, step = 0, start
+        while step < end:
+            try:
+                for batch in self._stream(step, end, workers, pin, patience):
+                    yield batch
+                    step += 1
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not workers or not _is_lost(error):
+                    raise
+                lost += 1
+                if lost > 1:
+                    raise OSError(
+                        f"data workers were lost twice, now at step {step} ({error}); data.num_workers=0 reads "
+                        "pictures in the training process and shows what is wrong"
+                    ) from error
+                say(f"warning: a data worker was lost at step {step} ({error}); all are started anew")
+
+    def _stream(self, start: int, end: int, workers: int, pin: bool, patience: float) -> Iterator[Batch]:
+        ring = None
+        if workers and not self.augment.engine.late:
+            size = self.augment.crop_size
+            shape = (PREFETCH * workers + 1, self.batch_size, size, size, 3)
+            ring = torch.empty(shape, dtype=torch.uint8).share_memory_()
         loader = DataLoader(
-            self,
+            _Made(self, start, ring),
             batch_size=None,
             sampler=range(start, end),
             num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             pin_memory=pin,
             collate_fn=_whole,
+            timeout=patience if workers else 0,
             generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
-        return iter(loader)
+        # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
+        copies = ring is not None and not pin
+        for batch in map(self._finish, loader):
+            yield replace(batch, images=batch.images.clone()) if copies else batch
 
-    def _crop(self, index: int, rng: np.random.Generator, unreadable: list[str]) -> tuple[Tensor, int]:
-        """A crop of picture `index`, or of another where it cannot be read, with a random stream of its own."""
-        stream = rng.spawn(1)[0]
-        for _ in range(REPLACEMENTS):
-            try:
-                return self.augment(self.folder.load(index), stream), index
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-                index = int(stream.integers(len(self.folder)))
-        blank = torch.zeros(3, self.augment.crop_size, self.augment.crop_size, dtype=torch.uint8)
-        return blank, -1  # the run ends on so many unreadable pictures; see `Unreadable`
+    def _make(self, step: int, out: Tensor | None = None) -> tuple[Batch, list[Placed]]:
+        """What a worker does for a step, the images in `out`; pictures decoded late come encoded beside the batch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.batch_size * self.world
+        masks = self.masks.draw(size, [self.seed, 2, step])
+        mine = dealt(masks.tokens if self.masks.ragged else np.zeros(size), self.rank, self.world)
+        chosen = self.order(epoch)[place * size : (place + 1) * size][mine].tolist()
+        streams = [np.random.default_rng([self.seed, 1, step, int(image)]) for image in mine]
+        drawn = draw_crops(self.folder, self.augment, chosen, streams)
+        masks_enc, masks_pred = masks.masks(mine)
+        patches = self.masks.height * self.masks.width
+        targets = TargetRows.build(masks_pred, self.batch_size, patches)
+        images = torch.empty(0, dtype=torch.uint8)
+        if drawn.crops:
+            images = torch.stack([crop.permute(1, 2, 0) for crop in drawn.crops], out=out).permute(0, 3, 1, 2)
+        samples = torch.tensor(drawn.samples)
+        unreadable = tuple(drawn.unreadable)
+        return Batch(images, masks_enc, masks_pred, targets, samples, patches, unreadable, drawn.fallback), drawn.placed
+
+    def _finish(self, made: tuple[Batch, list[Placed]]) -> Batch:
+        """The batch, with what its worker left to the process that trains."""
+        batch, placed = made
+        if not placed:
+            return batch
+        try:
+            images, fallback = finish_crops(self.augment, placed)
+        except UnreadableImage as error:
+            name = self.augment.engine.name
+            raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
+        return replace(batch, images=images, fallback=fallback)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether PyTorch says by `error` that a worker is gone, not that something failed in one."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(LOST_WORKER)
+    return "DataLoader worker process" not in str(error)  # what it had made went with it, half handed over
+
+
+def dealt(tokens: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """The images of a step that are `rank`'s: as many for each of `world` processes, and about as many tokens.
+
+    From the longest on they are dealt out in turns, back and forth. Shapes: tokens [B * world] -> int64 [B].
+
+    >>> [dealt(np.array([9, 1, 8, 2]), rank, 2).tolist() for rank in range(2)]
+    [[0, 1], [2, 3]]
+    """
+    turns = np.argsort(-tokens, kind="stable").reshape(-1, world)
+    turns[1::2] = turns[1::2, ::-1]
+    return np.sort(turns[:, rank])
+
+
+class _Made(Dataset):
+    """What workers do, by step.
+
+    Images are written round and round into `ring`, shared memory [slots, B, H, W, 3]: new memory for each batch costs
+    its pages. The loader has at most PREFETCH batches a worker under way beyond the one that it gave last, so with one
+    slot more than those none is written before the next batch is asked for.
+    """
+
+    def __init__(self, batches: TrainingBatches, start: int, ring: Tensor | None):
+        self.batches, self.start, self.ring = batches, start, ring
+
+    def __getitem__(self, step: int) -> tuple[Batch, list[Placed]]:
+        out = None if self.ring is None else self.ring[(step - self.start) % len(self.ring)]
+        return self.batches._make(step, out)
 
 
 class Unreadable:
@@ -128,25 +271,32 @@ class Unreadable:
     fewer.
     """
 
-    def __init__(self, folder: ImageFolder, fraction: float):
+    def __init__(self, folder: Pictures, fraction: float):
         self.limit = int(max(fraction * len(folder), min(10, len(folder) // 4)))
         self.total = len(folder)
         self.files: dict[str, None] = {}
+        self.fallback: str | None = None
 
     def add(self, batch: Batch) -> list[str]:
-        """Lines of `batch` about pictures not yet known to be unreadable.
+        """What is new of `batch` and worth a line: pictures not yet known to be unreadable, the first left to Pillow.
 
         Raises:
             ValueError: too many pictures cannot be read; names the newest.
         """
-        new = [line for line in dict.fromkeys(batch.unreadable) if line not in self.files]
-        self.files.update(dict.fromkeys(new))
+        said = []
+        for line in dict.fromkeys(batch.unreadable):
+            if line not in self.files:
+                self.files[line] = None
+                said.append(f"skipped a picture that cannot be read ({len(self.files)} so far): {line}")
         if len(self.files) > self.limit:
             raise ValueError(
                 f"{len(self.files)} of the {self.total} pictures cannot be read, more than data.max_corrupt allows "
                 f"({self.limit}); the last: {next(reversed(self.files))}"
             )
-        return new
+        if batch.fallback and not self.fallback:
+            self.fallback = batch.fallback
+            said.append(f"read by Pillow, as will be others like it: {self.fallback}")
+        return said
 
 
 def _whole(batch: Any) -> Any:

@@ -5,21 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from PIL import Image
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+from fastjepa.data.pictures import EXTENSIONS, Pictures
 
 
-class UnreadableImage(Exception):
-    """A picture that cannot be decoded; its text names the file and says why."""
-
-
-class ImageFolder:
+class ImageFolder(Pictures):
     """Every picture below `root`, in sorted order; the folder right below `root` is a picture's class.
 
     Attributes:
-        paths: the files. classes: names of the classes, sorted (empty where pictures lie in `root` itself).
-        labels: index into `classes` of each path, -1 where it has none.
+        paths: the files.
 
     Raises:
         ValueError: a root that is not there, is no folder, or has no pictures below it.
@@ -42,34 +35,12 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> Image.Image:
-        """The picture as RGB.
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
 
-        Raises:
-            UnreadableImage: it cannot be decoded.
-        """
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        # What Pillow's decoders raise on broken files: OSError mostly, the others from header parsers.
-        except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise UnreadableImage(f"{path} ({type(error).__name__}: {reason})") from error
-
-
-def find_images(root_path: str, image_folder: str = "") -> ImageFolder:
-    """The pictures of a run: root_path/image_folder/train where there is one, else root_path/image_folder.
-
-    Raises:
-        ValueError: as `ImageFolder`, naming the keys of the configuration.
-    """
-    folder = Path(root_path).expanduser() / image_folder
-    train = folder / "train"
-    try:
-        return ImageFolder(train if train.is_dir() else folder)
-    except ValueError as error:
-        raise ValueError(f"data.root_path / data.image_folder: {error}") from None
+    def fetch(self, index: int) -> bytes:
+        with open(self.paths[index], "rb", buffering=0) as file:
+            return file.read()
 
 
 def _pictures(root: Path) -> list[Path]:

@@ -8,18 +8,20 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import input as suite
+from benchmarks import pipelines
 from benchmarks.__main__ import main
 
 RATES = ("images_per_second", "images_per_second_per_core", "spread", "cores_for_755", "cores_for_2300")
 
 
-class Shifted(suite.Published):
+class Shifted(pipelines.Published):
     """Crops a little beside its box."""
 
     name = "shifted"
@@ -28,7 +30,7 @@ class Shifted(suite.Published):
         return super().crop(path, draw).roll(2, dims=-1)
 
 
-class Failing(suite.Published):
+class Failing(pipelines.Published):
     """Cannot."""
 
     name = "failing"
@@ -37,7 +39,7 @@ class Failing(suite.Published):
         raise RuntimeError("no decoder for this")
 
 
-class Misshapen(suite.Published):
+class Misshapen(pipelines.Published):
     """Its crops are right and its batches are not."""
 
     name = "misshapen"
@@ -46,7 +48,7 @@ class Misshapen(suite.Published):
         return iter([(torch.zeros(1, 3, 7, 7),)])
 
 
-class NvJPEGOnCPU(suite.NvJPEG):
+class NvJPEGOnCPU(pipelines.NvJPEG):
     """The code of the GPU engine, with torchvision's other decoder."""
 
     name = "nvJPEG's code on the CPU"
@@ -54,17 +56,17 @@ class NvJPEGOnCPU(suite.NvJPEG):
 
     @classmethod
     def absent(cls):
-        return suite.Torchvision.absent()
+        return pipelines.Torchvision.absent()
 
 
-class DALIInProcess(suite.DALI):
+class DALIInProcess(pipelines.DALI):
     """DALI as it decodes on the GPU, without workers, on the CPU."""
 
     name = "DALI in process"
     in_process = True
 
 
-class Slow(suite.Engine):
+class Slow(pipelines.Engine):
     """Made by this process: the first batch in 200 ms, every other in 10."""
 
     name = "slow"
@@ -101,14 +103,17 @@ def test_every_engine_is_right_or_says_why_it_is_absent(engine):
 
 
 def test_rows_of_several_workers():
-    rows = rows_of(suite.FastJEPA, suite.Published, suite.DecodeOnly, workers=(1, 2, 2), pictures=5)
+    rows = rows_of(pipelines.FastJEPA, pipelines.Published, pipelines.DecodeOnly, workers=(1, 2, 2), pictures=5)
     assert [(row["engine"], row["workers"]) for row in rows] == [
         (name, count) for name in ("fastjepa", "pillow, as published", "pillow, decode only") for count in (1, 2)
     ]
     published = {row["workers"]: row["images_per_second"] for row in rows if row["engine"] == "pillow, as published"}
+    alone = {row["engine"]: row["images_per_second"] for row in rows if row["workers"] == 1}
     cores = len(suite._cores())
     for row in rows:
         assert row["over_published"] == row["images_per_second"] / published[row["workers"]]
+        if row["workers"] == 2:
+            assert row["over_one_worker"] == row["images_per_second"] / alone[row["engine"]]
         assert row["images_per_second_per_core"] == row["images_per_second"] / min(row["workers"], cores)
         assert (row["pictures"], row["batch"]) == (5, 5)
         assert 100e3 < row["picture_bytes"] < 120e3
@@ -119,7 +124,7 @@ def test_rows_of_several_workers():
 
 
 def test_wrong_shows_no_rate():
-    rows = rows_of(Shifted, Misshapen, suite.Published, workers=(1, 2))
+    rows = rows_of(Shifted, Misshapen, pipelines.Published, workers=(1, 2))
     shifted, misshapen, right = rows[::2]
     for row in rows[:4]:
         assert not any(key in row for key in RATES)
@@ -135,8 +140,8 @@ def test_a_peer_that_fails_is_absent_and_ours_is_wrong(monkeypatch):
     (row,) = rows_of(Failing)
     assert not multiprocessing.active_children()
     assert row["absent"] == "fails: RuntimeError: no decoder for this"  # said in a worker
-    monkeypatch.setattr(suite.FastJEPA, "samples", Failing.__getitem__)
-    (row,) = rows_of(suite.FastJEPA)
+    monkeypatch.setattr(pipelines.FastJEPA, "samples", Failing.__getitem__)
+    (row,) = rows_of(pipelines.FastJEPA)
     assert row["wrong"].startswith("fails: ")
     assert "\n" not in row["wrong"]
 
@@ -144,16 +149,16 @@ def test_a_peer_that_fails_is_absent_and_ours_is_wrong(monkeypatch):
 @pytest.mark.parametrize(
     "engine, module",
     [
-        (suite.SimpleJPEG, "simplejpeg"),
-        (suite.SimpleJPEG, "cv2"),
-        (suite.Torchvision, "torchvision"),
-        (suite.NvJPEG, "torchvision"),
-        (suite.DALI, "nvidia.dali"),
-        (suite.DALIOnGPU, "nvidia.dali"),
+        (pipelines.SimpleJPEG, "simplejpeg"),
+        (pipelines.SimpleJPEG, "cv2"),
+        (pipelines.Torchvision, "torchvision"),
+        (pipelines.NvJPEG, "torchvision"),
+        (pipelines.DALI, "nvidia.dali"),
+        (pipelines.DALIOnGPU, "nvidia.dali"),
     ],
 )
 def test_not_installed(monkeypatch, engine, module):
-    if engine is suite.SimpleJPEG:
+    if engine is pipelines.SimpleJPEG:
         monkeypatch.setitem(sys.modules, "simplejpeg", torch)  # whether or not it is here
     monkeypatch.setitem(sys.modules, module, None)
     row, *_ = rows_of(engine)
@@ -165,15 +170,15 @@ def test_installed_for_another_torch(monkeypatch):
     def refuse(name):
         raise RuntimeError(f"operator {name}::nms does not exist\nat all")
 
-    monkeypatch.setattr(suite, "import_module", refuse)
+    monkeypatch.setattr(pipelines, "import_module", refuse)
     absent = "torchvision cannot be imported: RuntimeError: operator torchvision::nms does not exist"
-    assert suite.Torchvision.absent() == absent
+    assert pipelines.Torchvision.absent() == absent
 
 
 def test_no_gpu(monkeypatch):
-    monkeypatch.setattr(suite, "_missing", lambda *names: None)
+    monkeypatch.setattr(pipelines, "_missing", lambda *names: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for engine in (suite.NvJPEG, suite.DALIOnGPU):
+    for engine in (pipelines.NvJPEG, pipelines.DALIOnGPU):
         assert engine.absent() == "decodes on the GPU, and there is none"
 
 
@@ -197,6 +202,15 @@ def test_pictures_follow_from_the_seed(tmp_path):
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (500, 375))
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system tells no times of processes")
+def test_time_of_a_processor_is_that_of_the_processes():
+    before, start = suite._cpu_time([os.getpid()]), time.process_time()
+    while time.process_time() < start + 0.1:
+        pass
+    assert 0.05 < suite._cpu_time([os.getpid()]) - before < 0.3
+    assert suite._cpu_time([]) == suite._cpu_time([2**30]) == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system holds no process on a core")
 def test_cores_are_given_back():
     before = os.sched_getaffinity(0)
@@ -208,7 +222,7 @@ def test_cores_are_given_back():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--engine", "pillow"], "--engine: no engine 'pillow'; there are fastjepa; pillow, as published;"),
+        (["--engine", "pillow"], "--engine: no engine 'pillow'; there are fastjepa; fastjepa, engine pillow;"),
         (["--pictures", "0"], "--pictures must be more than 0, got 0"),
         (["--workers", "2", "--workers", "-1"], "--workers must be more than 0, got -1"),
         (["--seconds", "nan"], "--seconds must be more than 0, got nan"),

@@ -35,6 +35,7 @@ def test_one_device():
     assert "| EMA | 1.50x torch foreach |" in text
     assert "masks of 128 images at 16x16 patches 0.400 ms" in text
     assert "pictures by Pillow 400 images/s a core" in text
+    assert "batch 8 to 16: 80.0 to 160 images/s, truncated" in text
     assert "h200" not in text.splitlines()[-1]
     assert "a100-80g" in text.splitlines()[-1]
 

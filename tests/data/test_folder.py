@@ -7,7 +7,7 @@ import os
 import pytest
 from PIL import Image
 
-from fastjepa.data import ImageFolder, UnreadableImage, find_images
+from fastjepa.data import ImageFolder, UnreadableImage
 from tests.helpers import make_pictures
 
 
@@ -62,18 +62,3 @@ def test_truncated(tmp_path):
     (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UnreadableImage, match=r"x\.jpg"):
         ImageFolder(tmp_path).load(0)
-
-
-def test_official_layout(tmp_path):
-    make_pictures(tmp_path / "full" / "train", count=4)
-    make_pictures(tmp_path / "full" / "val", count=2)
-    assert len(find_images(str(tmp_path), "full")) == 4
-    assert len(find_images(str(tmp_path / "full" / "val"))) == 2
-
-
-def test_folders_that_will_not_do(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    for name, message in (("nothing", "no such folder"), ("empty", "no pictures"), ("file", "is a file")):
-        with pytest.raises(ValueError, match=rf"data\.root_path.*{message}"):
-            find_images(str(tmp_path), name)

@@ -1,0 +1,192 @@
+"""libjpeg-turbo through its C API: the pixels of a crop alone, at full size, a half, a quarter or an eighth of it."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastjepa.data.engines import Box, Crop, PillowEngine, as_tensor
+from fastjepa.data.pictures import UnreadableImage, picture_size
+
+WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING = 5, 6, 7, 8, 4  # TJPARAM_*
+DECOMPRESS, RGB = 1, 0  # TJINIT_DECOMPRESS, TJPF_RGB
+COLORS = {0, 1, 2}  # TJCS_RGB, TJCS_YCbCr, TJCS_GRAY; Pillow has its own way with CMYK
+MCU_WIDTH = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8}  # of TJSAMP_444, 422, 420, GRAY and 440; the rest is left to Pillow
+# A crop is decoded smaller while its sides stay this many times those that it is resized to: measured, docs/input.md.
+KEEP = 4
+BESIDE = 2  # pixels decoded to the left and right of a crop
+
+
+class Header(NamedTuple):
+    """Of a picture: its size, and the width of a block of its samples, in pixels."""
+
+    width: int
+    height: int
+    block: int
+
+
+class TurboJPEG:
+    """The decoder of one library file. It keeps nothing from one picture to the next.
+
+    Raises:
+        OSError: no library that can be loaded. AttributeError: it is older than libjpeg-turbo 3.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        lib = ctypes.CDLL(path)
+        handle, data, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+        _declare(lib.tj3Init, handle, ctypes.c_int)
+        _declare(lib.tj3Destroy, None, handle)
+        _declare(lib.tj3Get, ctypes.c_int, handle, ctypes.c_int)
+        _declare(lib.tj3DecompressHeader, ctypes.c_int, handle, data, size)
+        _declare(lib.tj3SetScalingFactor, ctypes.c_int, handle, _Fraction)
+        _declare(lib.tj3SetCroppingRegion, ctypes.c_int, handle, _Region)
+        _declare(lib.tj3Decompress8, ctypes.c_int, handle, data, size, handle, ctypes.c_int, ctypes.c_int)
+        self._lib = lib
+
+    def __reduce__(self) -> tuple:
+        return TurboJPEG, (self.path,)
+
+    def header(self, data: bytes) -> Header | str:
+        """What a JPEG picture's header says, or why the picture is better left to Pillow."""
+        if data[:2] != b"\xff\xd8":
+            return "no JPEG"
+        with self._read(data) as handle:
+            wanted = (WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING)
+            width, height, *kind = (self._lib.tj3Get(handle, what) for what in wanted) if handle else (0, 0)
+        if width < 1 or height < 1:  # also where the file ends before it says
+            return "JPEG with a faulty header"
+        precision, colors, subsampling = kind
+        if precision != 8 or colors not in COLORS or subsampling not in MCU_WIDTH:
+            return "JPEG, but not 8-bit grey or RGB of a usual kind"
+        return Header(width, height, MCU_WIDTH[subsampling])
+
+    def decode(self, data: bytes, box: Box, scale: int) -> np.ndarray | None:
+        """RGB pixels of `box`, (left, top, width, height) at 1/`scale` of the size; None for a picture with a fault.
+
+        `left` has to be where a block of samples begins.
+        """
+        _, _, width, height = box
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        with self._read(data) as handle:
+            failed = (
+                not handle
+                or self._lib.tj3SetScalingFactor(handle, _Fraction(1, scale))
+                or self._lib.tj3SetCroppingRegion(handle, _Region(*box))
+                or self._lib.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 3 * width, RGB)
+            )
+        return None if failed else pixels
+
+    @contextmanager
+    def _read(self, data: bytes) -> Iterator[int | None]:
+        """A new handle that has read the header, which costs a microsecond: one that met a fault remembers it."""
+        handle = self._lib.tj3Init(DECOMPRESS)
+        try:
+            yield handle if handle and not self._lib.tj3DecompressHeader(handle, data, len(data)) else None
+        finally:
+            self._lib.tj3Destroy(handle)
+
+
+class TurboEngine(PillowEngine):
+    """libjpeg-turbo, and Pillow for whatever is no JPEG picture, has faults, or is in CMYK.
+
+    Raises:
+        ValueError: no libjpeg-turbo 3 on this machine; says how to get it.
+    """
+
+    name = "turbo"
+
+    def __init__(self) -> None:
+        self.turbo = find_turbo()
+
+    def size(self, data: bytes) -> tuple[int, int]:
+        header = self.turbo.header(data)
+        if isinstance(header, str):
+            return picture_size(data)
+        width, height, _ = header
+        if (limit := Image.MAX_IMAGE_PIXELS) and width * height > 2 * limit:  # where Pillow refuses
+            raise UnreadableImage(f"{width}x{height} pixels are more than the {2 * limit} that Pillow allows")
+        return width, height
+
+    def crop(self, data: bytes, box: Box, size: int) -> Crop:
+        header = self.turbo.header(data)
+        pixels = None if isinstance(header, str) else self._pixels(data, box, header, size)
+        if pixels is not None:
+            return Crop(pixels)
+        return super().crop(data, box, size)._replace(aside=header if isinstance(header, str) else "JPEG with faults")
+
+    def _pixels(self, data: bytes, box: Box, header: Header, size: int) -> Tensor | None:
+        left, top, width, height = box
+        scale = next((s for s in (8, 4, 2) if min(width, height) >= KEEP * size * s), 1)
+        # The pixels of the scaled picture that the crop touches. They are decoded from the start of a block of samples,
+        # and some beside them, since colours, stored at half the width, are interpolated.
+        x, y, right, bottom = left // scale, top // scale, -(-(left + width) // scale), -(-(top + height) // scale)
+        step = header.block // scale
+        first, last = max(0, x - BESIDE) // step * step, min(right + BESIDE, -(-header.width // scale))
+        pixels = self.turbo.decode(data, (first, y, last - first, bottom - y), scale)
+        if pixels is None:
+            return None
+        pixels = np.ascontiguousarray(pixels[:, x - first : right - first])
+        if scale == 1:
+            return resize(pixels, size)
+        within = (left / scale - x, top / scale - y, (left + width) / scale - x, (top + height) / scale - y)
+        return as_tensor(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=within))
+
+
+def find_turbo() -> TurboJPEG:
+    """The first libjpeg-turbo 3 that loads: of the `turbojpeg` wheel, else of the system.
+
+    Raises:
+        ValueError: none does; says how to get it.
+    """
+    old = ""
+    for path in _libraries():
+        try:
+            return TurboJPEG(path)
+        except AttributeError:
+            old = f" ({path} is of an older one)"
+        except OSError:
+            continue
+    raise ValueError(
+        f"libjpeg-turbo 3 is not here{old}; pip install 'fastjepa[data]' brings it, engine pillow does without"
+    )
+
+
+def resize(pixels: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W, 3] -> [3, size, size], bilinear and antialiased: what Pillow computes, in its own arithmetic."""
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # torch.channels_last, which its kernel is fastest with
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def _libraries() -> Iterator[str]:
+    spec = importlib.util.find_spec("turbojpeg")
+    if spec is not None and spec.origin:
+        folder = Path(spec.origin).parent
+        for pattern in ("turbojpeg.libs/*turbojpeg*", "turbojpeg.dylibs/*turbojpeg*", "turbojpeg-*.dll"):
+            yield from map(str, sorted(folder.glob(pattern)))
+    if found := ctypes.util.find_library("turbojpeg"):
+        yield found
+
+
+def _declare(function, result, *arguments) -> None:
+    function.restype, function.argtypes = result, arguments
+
+
+class _Fraction(ctypes.Structure):
+    _fields_ = (("numerator", ctypes.c_int), ("denominator", ctypes.c_int))
+
+
+class _Region(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("width", ctypes.c_int), ("height", ctypes.c_int))
