@@ -302,6 +302,19 @@ def test_deep_copies_are_patched_and_apart():
     assert torch.equal(twin(images()), before)
 
 
+def test_our_average_follows_a_patched_model():
+    model = VisionTransformer()
+    fastjepa.patch(model)
+    ema = fastjepa.EMA(model, decay=0.5)
+    first = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    assert classes(ema.module) == classes(model)
+    assert all(torch.allclose(p, first[n] + 0.5) for n, p in ema.module.named_parameters())
+
+
 def test_a_copy_is_taken_back_without_a_report():
     model = VisionTransformer()
     stock = classes(model)
