@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.ops import library
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import fall_back, is_hooked, is_swapped, like, numbers, reads, stock_forward, swapped
+from fastjepa.patch.swapping import fall_back, identities, is_hooked, is_swapped, like, reads, stock_forward, swapped
 
 _NORMS = ("q_norm", "k_norm")  # of queries and keys, within each head
 
@@ -62,7 +62,7 @@ def find_qkv_attention(where: str, module: Any, parent: nn.Module | None) -> Fin
         given = stock_forward(module)(module, x)
     except Exception as error:  # whatever its code raises for a call that is not meant
         return Finding("attention", where, what, reason=f"does not take {list(x.shape)} alone: {error}")
-    covers = numbers(*module.qkv.parameters(), *module.proj.parameters())
+    covers = identities(*module.qkv.parameters(), *module.proj.parameters())
     if isinstance(given, Tensor):
         change = Change(module, "__class__", type(module), swapped(type(module), {"forward": _plain(module)}))
         return Finding("attention", where, what, (change,), "", covers, module, ((x,),))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastjepa.patch.attention import arguments, attend_apart
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import ALREADY, fall_back, like, numbers, stock_forward, swapped
+from fastjepa.patch.swapping import ALREADY, fall_back, identities, like, stock_forward, swapped
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 IMPLEMENTATION = "fastjepa"
@@ -54,7 +54,7 @@ def find_registry_attention(where: str, module: Any, parent: nn.Module | None) -
         ours = swapped(type(module), {"forward": _telling(module)})
         changes.append(Change(module, "__class__", type(module), ours))
     calls = ((like(module, 2, 5, width),),)
-    return Finding("attention", where, what, tuple(changes), "", numbers(*module.parameters()), module, calls)
+    return Finding("attention", where, what, tuple(changes), "", identities(*module.parameters()), module, calls)
 
 
 def _telling(module: nn.Module) -> Callable[..., Any]:

@@ -123,9 +123,10 @@ def test_attention_maps_masks_and_other_implementations():
     assert registry.stock_attention(attention)[0] == "sdpa"
 
 
-def test_copies_and_compiled_models():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_copies_and_compiled_models(attention: str):
     torch.compiler.reset()
-    model, _ = image_model()
+    model, _ = image_model(attention)
     x = torch.randn(2, 3, 16, 16)
     expected = model(x).last_hidden_state
     fastjepa.patch(model)
