@@ -87,7 +87,7 @@ def test_masked_autoencoder_trains_the_same():
             loss.backward()
             optimizer.step()
             losses[patched].append(loss.item())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < losses[True][0]
 
 
@@ -113,7 +113,7 @@ def test_data2vec_student_and_teacher_train_the_same():
             optimizer.step()
             ops.ema_update_(teacher.parameters(), student.parameters(), 0.99)
             losses[patched].append(loss.item())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     block, padded = AltBlock(24, 3), torch.arange(8).expand(2, 8) > 5
     expected = block(x, padded)[0]
     fastjepa.patch(block, verify=False)

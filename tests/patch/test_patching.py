@@ -97,7 +97,7 @@ def test_a_step_of_training_is_the_same():
         losses[patched] = torch.tensor(found)
         for report in reports:
             report.undo()
-    assert torch.allclose(losses[True], losses[False], rtol=1e-5)
+    assert torch.allclose(losses[True], losses[False], rtol=1e-4)
     assert losses[True][0] > losses[True][-1]
 
 
@@ -476,7 +476,7 @@ def test_dropout_and_stochastic_depth_in_training():
         draws = torch.stack([attend(x, need_map=False)[0] for _ in range(2000)])
         expected, _ = attend.eval()(x, need_map=False)
     error = (draws.mean(dim=0) - expected).abs() / (draws.std(dim=0) / 2000**0.5)
-    assert 0.6 < float(error.mean()) < 1.0  # of a normal distribution 0.8
+    assert 0.5 < float(error.mean()) < 1.1  # of a normal distribution 0.8
 
 
 def test_report_reads_well():

@@ -89,7 +89,7 @@ def test_training_is_the_same_and_restores():
         if report:
             report.undo()
             assert not any(type(m).__name__.startswith("Fast") for m in model.modules())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < losses[True][0]
 
 

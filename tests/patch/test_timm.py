@@ -90,5 +90,5 @@ def test_lightly_trains_the_same():
             losses[patched].append(loss.item())
         for report in reports:
             report.undo()
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < losses[True][0]
