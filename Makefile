@@ -12,7 +12,7 @@ VENV ?= .venv
 DATA ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
-SUITES ?= masks step kernels input scaling codegen
+SUITES ?= masks step kernels input scaling swap codegen
 RESULTS := runs/benchmarks
 
 BIN := $(VENV)/bin

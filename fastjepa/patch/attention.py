@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.ops import library
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import fall_back, is_hooked, is_swapped, like, numbers, reads, stock_forward, swapped
+from fastjepa.patch.swapping import fall_back, identities, is_hooked, is_swapped, like, reads, stock_forward, swapped
+
+_NORMS = ("q_norm", "k_norm")  # of queries and keys, within each head
 
 
 def attend(qkv: Tensor, scale: float | None, dropout: float) -> Tensor:
@@ -60,7 +62,7 @@ def find_qkv_attention(where: str, module: Any, parent: nn.Module | None) -> Fin
         given = stock_forward(module)(module, x)
     except Exception as error:  # whatever its code raises for a call that is not meant
         return Finding("attention", where, what, reason=f"does not take {list(x.shape)} alone: {error}")
-    covers = numbers(*module.qkv.parameters(), *module.proj.parameters())
+    covers = identities(*module.qkv.parameters(), *module.proj.parameters())
     if isinstance(given, Tensor):
         change = Change(module, "__class__", type(module), swapped(type(module), {"forward": _plain(module)}))
         return Finding("attention", where, what, (change,), "", covers, module, ((x,),))
@@ -127,8 +129,15 @@ def _add_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _output(module: Any, x: Tensor) -> Tensor:
-    qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, -1))
-    y = module.proj(attend(qkv, scale_of(module), dropout_of(module)))
+    qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, -1))  # [B, N, 3, H, d]
+    scale, dropout = scale_of(module), dropout_of(module)
+    norms = [getattr(module, n, nn.Identity()) for n in _NORMS]
+    if all(isinstance(norm, nn.Identity) for norm in norms):
+        y = module.proj(attend(qkv, scale, dropout))
+    else:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = (norm(t) for norm, t in zip(norms, (q, k), strict=True))
+        y = module.proj(attend_apart(q, k, v, scale, dropout).flatten(2))
     return module.proj_drop(y) if hasattr(module, "proj_drop") else y
 
 
@@ -169,7 +178,8 @@ def _unknown(module: Any) -> str:
     if getattr(module, "use_sdpa", False) and not hasattr(module, "proj_drop_prob"):
         return "has use_sdpa and no proj_drop_prob: a version of V-JEPA 2 that is not known"
     known = {"qkv": nn.Linear, "proj": nn.Linear, "attn_drop": nn.Dropout, "proj_drop": nn.Dropout}
-    foreign = [n for n, m in module.named_children() if not isinstance(m, known.get(n, nn.Identity) | nn.Identity)]
+    others = {n: m for n, m in module.named_children() if n not in _NORMS}
+    foreign = [n for n, m in others.items() if not isinstance(m, known.get(n, nn.Identity) | nn.Identity)]
     foreign += [n for n, _ in module.named_parameters(recurse=False)]
     if foreign:
         return f"has {', '.join(foreign)} besides qkv and proj, of which the kernel knows nothing"

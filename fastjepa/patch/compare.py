@@ -64,6 +64,8 @@ def run(module: nn.Module, arguments: Sequence[Any], first: bool = False) -> Res
     arguments = tree_map(_leaf, list(arguments))
     with torch.enable_grad():
         outputs = [t for t in tree_leaves(module(*arguments)) if isinstance(t, Tensor) and t.is_floating_point()]
+        if not outputs:
+            raise TypeError("its output holds no floating tensor")
         outputs = outputs[:1] if first else outputs
         graph = [y for y in outputs if y.requires_grad]
         leaves = [t for t in (*module.parameters(), *tree_leaves(arguments)) if isinstance(t, Tensor)]

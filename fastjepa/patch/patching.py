@@ -179,10 +179,10 @@ def _likeness(finding: Finding) -> Any:
     """What makes two modules compute the same of the same parameters, so that one of them need be compared."""
     shapes = tuple((n, p.shape, p.dtype, p.device, p.requires_grad) for n, p in finding.module.named_parameters())
     plain = tuple(
-        (n, k, v)
+        (n, k, repr(v))
         for n, m in finding.module.named_modules()
         for k, v in vars(m).items()
-        if isinstance(v, bool | int | float | str)
+        if isinstance(v, bool | int | float | str | tuple | list)
     )
     kinds = tuple(type(m) for m in finding.module.modules())
     return finding.operation, kinds, repr(finding.module), shapes, plain

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastjepa.patch.attention import arguments, attend_apart
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import ALREADY, fall_back, like, numbers, stock_forward, swapped
+from fastjepa.patch.swapping import ALREADY, fall_back, identities, like, stock_forward, swapped
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 IMPLEMENTATION = "fastjepa"
@@ -42,17 +42,19 @@ def find_registry_attention(where: str, module: Any, parent: nn.Module | None) -
         return Finding("attention", where, what, reason=ALREADY)
     if getattr(module, "is_causal", False):
         return Finding("attention", where, what, reason="is causal, and the kernel has no mask")
+    width = next((m.in_features for m in module.modules() if isinstance(m, nn.Linear)), None)
+    if width is None:
+        return Finding("attention", where, what, reason="has no Linear")
     type(registry).register(IMPLEMENTATION, attention)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION
     setattr(own, _STOCK, config)
-    width = next(m.in_features for m in module.modules() if isinstance(m, nn.Linear))
     changes = [Change(module, "config", config, own)]
     if "output_attentions" in arguments(module):
         ours = swapped(type(module), {"forward": _telling(module)})
         changes.append(Change(module, "__class__", type(module), ours))
     calls = ((like(module, 2, 5, width),),)
-    return Finding("attention", where, what, tuple(changes), "", numbers(*module.parameters()), module, calls)
+    return Finding("attention", where, what, tuple(changes), "", identities(*module.parameters()), module, calls)
 
 
 def _telling(module: nn.Module) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastjepa.patch.attention import arguments, attend_apart, curious, dropout_of, scale_of
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import fall_back, like, numbers, stock_forward, swapped
+from fastjepa.patch.swapping import fall_back, identities, like, stock_forward, swapped
 
 VIDEO = ["x", "mask", "attn_mask", "T", "H_patches", "W_patches"]
 ACTIONS = ["x", "mask", "attn_mask", "T", "H", "W", "action_tokens"]
@@ -36,7 +36,7 @@ def find_rotary_attention(where: str, module: Any, parent: nn.Module | None) -> 
         return Finding("attention", where, what, reason="is causal, and the kernel has no mask")
     forward, calls = (_video, _video_calls) if takes == VIDEO else (_actions, _action_calls)
     change = Change(module, "__class__", type(module), swapped(type(module), {"forward": forward}))
-    covers = numbers(*module.qkv.parameters(), *module.proj.parameters())
+    covers = identities(*module.qkv.parameters(), *module.proj.parameters())
     return Finding("attention", where, what, (change,), "", covers, module, calls(module))
 
 
@@ -82,9 +82,7 @@ def _actions(
     ids = torch.arange(T * H * W, device=x.device) if mask is None else mask.unsqueeze(1)
     frame, row, column = self.separate_positions(ids, H, W)
     row, column = row * (self.grid_size / H), column * (self.grid_size / W)
-    if (
-        action_tokens
-    ):  # they stand before the patches of their frame, in its time and at the origin, where nothing turns
+    if action_tokens:  # they stand before their frame's patches, at row and column 0, where nothing turns
         row, column = (F.pad(p.view(T, H * W), (action_tokens, 0)).flatten() for p in (row, column))
         frame = torch.arange(T, device=x.device, dtype=row.dtype).repeat_interleave(action_tokens + H * W)
     return _attend(self, x, (frame, row, column), attn_mask)

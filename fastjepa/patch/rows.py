@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.ops import library
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import is_hooked, like, numbers, stock_forward, swapped
+from fastjepa.patch.swapping import identities, is_hooked, like, stock_forward, swapped
 
 
 def find_layer_norm(where: str, module: nn.Module, parent: nn.Module | None) -> Finding | None:
@@ -38,7 +38,7 @@ def find_layer_norm(where: str, module: nn.Module, parent: nn.Module | None) -> 
         return y.view(x.shape)
 
     change = Change(module, "__class__", stock, swapped(stock, {"forward": forward}))
-    covers = numbers(module.weight, module.bias)
+    covers = identities(module.weight, module.bias)
     return Finding(
         "layer_norm", where, what, (change,), "", covers, module, ((like(module, 2, 5, module.normalized_shape[0]),),)
     )
@@ -68,7 +68,7 @@ def find_mlp(where: str, module: nn.Module, parent: nn.Module | None) -> Finding
     if reason:
         return Finding("gelu", where, what, reason=reason)
     change = Change(module, "__class__", stock, swapped(stock, {"forward": _mlp(stock, *activations)}))
-    covers = numbers(*fc1.parameters(), *(fc2.parameters() if fc2 is not None else ()))
+    covers = identities(*fc1.parameters(), *(fc2.parameters() if fc2 is not None else ()))
     return Finding("gelu", where, what, (change,), "", covers, module, ((like(module, 2, 5, fc1.in_features),),))
 
 

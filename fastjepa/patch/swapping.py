@@ -95,7 +95,7 @@ def with_globals(function: types.FunctionType, **names: Any) -> types.FunctionTy
     return copied
 
 
-def numbers(*tensors: Tensor | None) -> frozenset[int]:
+def identities(*tensors: Tensor | None) -> frozenset[int]:
     """Identities of tensors."""
     return frozenset(id(t) for t in tensors if t is not None)
 

@@ -97,7 +97,7 @@ def test_a_step_of_training_is_the_same():
         losses[patched] = torch.tensor(found)
         for report in reports:
             report.undo()
-    assert torch.allclose(losses[True], losses[False], rtol=1e-5)
+    assert torch.allclose(losses[True], losses[False], rtol=1e-4)
     assert losses[True][0] > losses[True][-1]
 
 
@@ -259,6 +259,15 @@ def test_what_cannot_be_verified_as_a_whole_says_so():
         assert fastjepa.patch(model, verify=False).active
 
 
+def test_an_output_without_tensors_is_not_taken_for_the_same():
+    class Opaque(nn.Sequential):
+        def forward(self, x):
+            return {1: object()} if super().forward(x).numel() else None
+
+    with pytest.raises(ValueError, match="its output holds no floating tensor"):
+        fastjepa.patch(Opaque(nn.LayerNorm(8)), probe=(torch.randn(2, 8),))
+
+
 def test_a_frozen_teacher_is_compared_by_its_outputs():
     report = fastjepa.patch(VisionTransformer().requires_grad_(False))
     assert report.verification is not None
@@ -291,6 +300,19 @@ def test_deep_copies_are_patched_and_apart():
     report.undo()
     assert type(twin.blocks[0]).__name__ == "FastBlock"
     assert torch.equal(twin(images()), before)
+
+
+def test_our_average_follows_a_patched_model():
+    model = VisionTransformer()
+    fastjepa.patch(model)
+    ema = fastjepa.EMA(model, decay=0.5)
+    first = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    assert classes(ema.module) == classes(model)
+    assert all(torch.allclose(p, first[n] + 0.5) for n, p in ema.module.named_parameters())
 
 
 def test_a_copy_is_taken_back_without_a_report():
@@ -454,7 +476,7 @@ def test_dropout_and_stochastic_depth_in_training():
         draws = torch.stack([attend(x, need_map=False)[0] for _ in range(2000)])
         expected, _ = attend.eval()(x, need_map=False)
     error = (draws.mean(dim=0) - expected).abs() / (draws.std(dim=0) / 2000**0.5)
-    assert 0.6 < float(error.mean()) < 1.0  # of a normal distribution 0.8
+    assert 0.5 < float(error.mean()) < 1.1  # of a normal distribution 0.8
 
 
 def test_report_reads_well():

@@ -89,7 +89,7 @@ def test_training_is_the_same_and_restores():
         if report:
             report.undo()
             assert not any(type(m).__name__.startswith("Fast") for m in model.modules())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < losses[True][0]
 
 
@@ -123,9 +123,10 @@ def test_attention_maps_masks_and_other_implementations():
     assert registry.stock_attention(attention)[0] == "sdpa"
 
 
-def test_copies_and_compiled_models():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_copies_and_compiled_models(attention: str):
     torch.compiler.reset()
-    model, _ = image_model()
+    model, _ = image_model(attention)
     x = torch.randn(2, 3, 16, 16)
     expected = model(x).last_hidden_state
     fastjepa.patch(model)

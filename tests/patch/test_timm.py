@@ -40,9 +40,8 @@ def test_vision_transformer(fused: bool):
         model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
-def test_query_norms_and_other_attention_are_refused():
-    with pytest.raises(ValueError, match="has q_norm, k_norm besides qkv and proj"):
-        fastjepa.patch(encoder(qk_norm=True))
+def test_norms_of_queries_are_patched_and_other_attention_is_refused():
+    assert not fastjepa.patch(encoder(qk_norm=True)).skipped
     with pytest.raises(ValueError, match="attention: .*Eva"):
         fastjepa.patch(timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1))
 
@@ -91,5 +90,5 @@ def test_lightly_trains_the_same():
             losses[patched].append(loss.item())
         for report in reports:
             report.undo()
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < losses[True][0]
