@@ -11,21 +11,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 # A suite is a module with add_arguments(parser), run(arguments) -> rows, table(rows) -> text, and
 # faults(rows, arguments) -> lines, what is not as it has to be.
 SUITES = {
     "kernels": "every operation against its peers",
     "step": "whole training steps: eager, compiled and ours in one run",
+    "curve": "500 steps of training in bf16: ours within the scatter of eager's seeds",
     "scaling": "a training step against batch, tokens, width and parameters",
+    "swap": "models of other codebases before and after fastjepa.patch",
     "masks": "what drawing masks costs",
     "input": "what reading pictures costs",
     "codegen": "every kernel compiled for chips that need not be here",
     "host": "what launching costs the processor, with no GPU needed",
     "count": "what a whole step launches, moves and allocates, by count; nothing runs",
+    "budget": "the least time that each part of a step of ours can take, by count; nothing runs",
+    "faults": "bad days of a run, each done to a real one, and what was lost",
     "roofline": "what each operation costs at least, by count; nothing runs",
     "report": "tables and pictures of results",
 }
-UNTIMED = ("codegen", "roofline", "count", "report")  # suites whose rows are no machine's
+UNTIMED = ("codegen", "roofline", "count", "budget", "faults", "report")  # suites whose rows are no machine's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name != "report":
         parser.add_argument("--json", metavar="FILE", help="write the rows there, - for standard output")
     if name not in UNTIMED:
+        parser.add_argument("--threads", type=int, help="of torch on the CPU; one is timed by processor time")
         parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/<device>")
     arguments = parser.parse_args(argv[1:])
     try:
+        _set_threads(getattr(arguments, "threads", None))
         rows = suite.run(arguments)
         _put(name, argv, arguments, rows, suite.table(rows))
     except ValueError as error:
@@ -52,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"{len(wrong)} lines are not as they have to be:", *wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"--threads must be at least 1, got {count}")
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -17,15 +17,24 @@ Pair = tuple[Tensor, Tensor]  # what is normalised, and the sum before
 
 
 def operations(sizes: Sizes) -> list[Operation]:
-    """Over the contexts' tokens, with every gradient."""
+    """Over the contexts' tokens, with every gradient: all of one dtype, and in 16 bits also as under autocast."""
+    wide = torch.float32
+    return [_operation(sizes, sizes.dtype)] + ([_operation(sizes, wide)] if sizes.dtype != wide else [])
+
+
+def _operation(sizes: Sizes, stream: torch.dtype) -> Operation:
+    """x and y in the sizes' dtype, the residual, the sum and the parameters in `stream`."""
     torch.manual_seed(0)
     tokens = sum(sizes.lengths(sizes.context, sizes.spread, sizes.images))
-    inputs = [sizes.randn(tokens, sizes.width), sizes.randn(tokens, sizes.width)]
-    inputs += [sizes.randn(sizes.width), sizes.randn(sizes.width)]
-    upstream = [sizes.randn(tokens, sizes.width) for _ in "ab"]
+    inputs = [sizes.randn(tokens, sizes.width), sizes.randn(tokens, sizes.width).to(stream)]
+    inputs += [sizes.randn(sizes.width).to(stream), sizes.randn(sizes.width).to(stream)]
+    upstream = [sizes.randn(tokens, sizes.width), sizes.randn(tokens, sizes.width).to(stream)]
 
     def torchs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Pair:
-        return add_layer_norm_ref(x, residual, weight, bias, 1e-6)
+        return add_layer_norm_ref(x, residual, weight, bias, 1e-6, sizes.dtype)
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Pair:
+        return ops.add_layer_norm(x, residual, weight, bias, 1e-6, sizes.dtype)
 
     def official() -> Run:
         """As under autocast: the residual, the sum and what is normalised are fp32."""
@@ -36,15 +45,23 @@ def operations(sizes: Sizes) -> list[Operation]:
             "torch": lambda: torchs,
             "torch.compile": lambda: compiled(torchs),
             "Liger LayerNorm": _liger,
-            "fastjepa": lambda: lambda x, residual, weight, bias: ops.add_layer_norm(x, residual, weight, bias, 1e-6),
+            "fastjepa": lambda: ours,
         },
         inputs,
         upstream,
     )
     found.insert(1, peer("eager, as published", official, sizes.device))
-    cost = both(*(add_layer_norm_cost(tokens, sizes.width, sizes.dtype, backward=back) for back in (False, True)))
-    case = f"{tokens} rows of {sizes.width}"
-    return [Operation("residual + LayerNorm fwd+bwd", case, cost, exactly(torchs, inputs, upstream), found)]
+    y = sizes.dtype
+    cost = both(
+        *(
+            add_layer_norm_cost(
+                tokens, sizes.width, y, backward=back, residual_dtype=stream, out_dtype=y, weight_dtype=stream
+            )
+            for back in (False, True)
+        )
+    )
+    case = f"{tokens} rows of {sizes.width}" + (", fp32 stream" if stream != sizes.dtype else "")
+    return Operation("residual + LayerNorm fwd+bwd", case, cost, exactly(torchs, inputs, upstream), found)
 
 
 def _liger() -> Callable[[Tensor, Tensor, Tensor, Tensor], Pair]:

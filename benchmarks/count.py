@@ -22,9 +22,9 @@ from benchmarks.inductor import scheduled
 from benchmarks.laps import PARTS, Laps, _borders
 from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
-from benchmarks.ways import Compiled, Eager, Masks, Way, naive_models
+from benchmarks.ways import Compiled, Eager, Fast, Masks, Way, naive_models
 from fastjepa import Ragged
-from fastjepa.training.models import ENCODERS, step_flops
+from fastjepa.training.models import ENCODERS, build_optimizer, step_flops
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 ROWS = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged")
@@ -36,14 +36,36 @@ MARKERS = "<!-- counts -->", "<!-- end of counts -->"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its batch, and which rows."""
+    add_work(parser)
+    parser.add_argument("--row", action="append", choices=ROWS, help="default: all; compiled takes minutes")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="write the tables between the markers there")
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """The model and its batch."""
     parser.add_argument("--model", default="vit_huge", choices=ENCODERS, metavar="NAME", help=", ".join(ENCODERS))
     parser.add_argument("--patch-size", type=int, default=14)
     parser.add_argument("--crop-size", type=int, default=224, help="pixels")
     parser.add_argument("--batch-size", type=int, default=128, help="images")
     parser.add_argument("--pred-emb-dim", type=int, default=384)
     parser.add_argument("--pred-depth", type=int, help="default: 12 from vit_large on, 6 below, as published")
-    parser.add_argument("--row", action="append", choices=ROWS, help="default: all; compiled takes minutes")
-    parser.add_argument("--document", type=Path, metavar="FILE", help="write the tables between the markers there")
+    parser.add_argument("--narrow-stream", action="store_true", help="ours with a bf16 residual stream")
+
+
+def work_of(arguments: argparse.Namespace) -> Work:
+    """The step that the arguments of `add_work` name, in bf16 on the meta device.
+
+    Raises:
+        ValueError: a count below one.
+    """
+    for name in ("patch_size", "crop_size", "batch_size", "pred_depth", "pred_emb_dim"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
+    predictor = arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)
+    sizes = arguments.patch_size, arguments.crop_size, arguments.batch_size
+    return Work(arguments.model, *sizes, predictor, bf16=True, narrow=arguments.narrow_stream, device=META)
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -52,18 +74,12 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     Raises:
         ValueError: sizes that do not go together, a count below one, or a document without its markers.
     """
-    for name in ("patch_size", "crop_size", "batch_size", "pred_depth", "pred_emb_dim"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    work = work_of(arguments)
     if arguments.document:
-        _put("", arguments.document, write=False)
-    deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
-    predictor = arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)
-    sizes = arguments.patch_size, arguments.crop_size, arguments.batch_size
-    rows = measure(Work(arguments.model, *sizes, predictor, bf16=True, device=META), arguments.row or ROWS)
+        put("", arguments.document, MARKERS, write=False)
+    rows = measure(work, arguments.row or ROWS)
     if arguments.document:
-        _put(markdown(rows), arguments.document)
+        put(markdown(rows), arguments.document, MARKERS)
     return rows
 
 
@@ -76,9 +92,9 @@ def table(rows: Sequence[dict]) -> str:
 
 def markdown(rows: Sequence[dict]) -> str:
     """The same as Markdown."""
-    texts = [_markdown(_shown(rows))]
+    texts = [as_markdown(_shown(rows))]
     texts += [
-        f"The largest sources of the rest's bytes, {row['row']}:\n\n{_markdown(_sources(row))}"
+        f"The largest sources of the rest's bytes, {row['row']}:\n\n{as_markdown(_sources(row))}"
         for row in rows
         if _is_ours(row)
     ]
@@ -116,14 +132,16 @@ def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str,
         way.scaler = torch.amp.GradScaler("cpu", enabled=True)
         for group in way.optimizer.param_groups:
             group["foreach"] = True
+    elif isinstance(way, Fast):
+        way.optimizer = build_optimizer(way.model, bf16=True)
     parameters = [p.shape for model in way.models for p in model.parameters()]
     counter = Counter(_lengths(work, masks), [shape for shape in parameters if len(shape) > 1])
-    on_device: list[Any] = [_to(m, META) for m in masks]
     images = replace(work, device=META).images(work.batch)
+    inputs = way.inputs(*masks, work.batch)
 
     def loss() -> Tensor:
         with CudaAutocast():
-            return way.objective(images, *on_device)
+            return way.objective(images, *inputs)
 
     with kernel_path(counter), counter:
         for _ in range(2):
@@ -198,10 +216,6 @@ def _of_sequences(masks: Masks) -> Tensor:
     if isinstance(masks, Ragged):
         return masks.lengths.long()
     return torch.full((len(masks) * len(masks[0]),), masks[0].shape[1])
-
-
-def _to(masks: Masks, device: torch.device) -> Masks:
-    return masks.to(device) if isinstance(masks, Ragged) else [m.to(device) for m in masks]
 
 
 def _row(work: Work, name: str) -> dict[str, Any]:
@@ -304,7 +318,8 @@ def _sources(row: dict) -> list[dict[str, Any]]:
     ]
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of rows, its columns all keys that come."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(head, "")) for head in heads) + " |" for row in rows)])
@@ -314,7 +329,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _put(text: str, path: Path, write: bool = True) -> None:
+def put(text: str, path: Path, markers: tuple[str, str], write: bool = True) -> None:
     """Put a text between the markers of a file.
 
     Raises:
@@ -322,11 +337,11 @@ def _put(text: str, path: Path, write: bool = True) -> None:
     """
     try:
         whole = path.read_text(encoding="utf-8")
-        before, rest = whole.split(MARKERS[0])
-        after = rest.split(MARKERS[1])[1]
+        before, rest = whole.split(markers[0])
+        after = rest.split(markers[1])[1]
         if write:
-            path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+            path.write_text(f"{before}{markers[0]}\n{text}\n{markers[1]}{after}", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--document: {path}: {error.strerror}") from error
     except (ValueError, IndexError) as error:
-        raise ValueError(f"--document: {path} must hold {MARKERS[0]} and then {MARKERS[1]}, once each") from error
+        raise ValueError(f"--document: {path} must hold {markers[0]} and then {markers[1]}, once each") from error

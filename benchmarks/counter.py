@@ -26,6 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from fastjepa.nn import linear, norm, stack
+from fastjepa.ops import rows
+
 KINDS = ("gemm", "attention", "rest")
 
 # Autocast's lists for CUDA, as far as the models go; torch has no autocast for the meta device.
@@ -253,6 +256,18 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
 
 class CudaAutocast(TorchFunctionMode):
     """bf16 autocast by the rules of CUDA, on any device. No cast is kept: the models use each weight once a step."""
+
+    def __enter__(self):
+        """Our own operations, which ask for autocast's dtype themselves, get this one's."""
+        self._stack = ExitStack()
+        for module in (rows, norm, linear, stack):
+            self._stack.callback(setattr, module, "linear_dtype", module.linear_dtype)
+            setattr(module, "linear_dtype", lambda device, dtype: torch.bfloat16)  # noqa: B010
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._stack.close()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}

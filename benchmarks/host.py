@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.operations import offsets_of, with_gradients
 from benchmarks.tables import columns
+from benchmarks.timing import clock
 
 LENGTHS = [3, 2]
 WIDTH, HEADS, TENSORS = 384, 6, 150
@@ -170,6 +170,6 @@ def _no_launches() -> Iterator[list[str]]:
 
 
 def _seconds(call: Callable) -> float:
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import clock
 from benchmarks.ways import Way
 from fastjepa import Ragged
 
@@ -19,7 +19,7 @@ PARTS: tuple[str, ...] = ("target", "context", "predictor", "loss", "optimizer")
 
 
 class Laps:
-    """Marks in time, with events on a GPU; each lap is the time since the mark before."""
+    """Marks in time, with events on a GPU, else by `timing.clock`; each lap is the time since the mark before."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -32,7 +32,7 @@ class Laps:
             event.record()
             self.marks.append((part, event))
         else:
-            self.marks.append((part, time.perf_counter()))
+            self.marks.append((part, clock()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each part, all of its laps together; waits for the device."""

@@ -45,9 +45,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Linear, GELU, Linear."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -57,10 +57,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, heads: int, plain: bool):
+    def __init__(self, dim: int, heads: int, hidden: int, plain: bool):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, plain)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -84,12 +84,12 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Vision Transformer on all patches, or on those that masks keep."""
 
-    def __init__(self, side: int, patch_size: int, dim: int, depth: int, heads: int, plain: bool = True):
+    def __init__(self, side: int, patch_size: int, dim: int, hidden: int, depth: int, heads: int, plain: bool = True):
         super().__init__()
         self.plain = plain
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.pos_embed = nn.Parameter(sincos_positions(dim, (side, side)), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, heads, plain) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, plain) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images: Tensor, masks: list[Tensor] | None = None) -> Tensor:
@@ -105,13 +105,13 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Narrow transformer over context and mask tokens."""
 
-    def __init__(self, side: int, dim: int, width: int, depth: int, heads: int, plain: bool = True):
+    def __init__(self, side: int, dim: int, width: int, hidden: int, depth: int, heads: int, plain: bool = True):
         super().__init__()
         self.plain = plain
         self.predictor_embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(sincos_positions(width, (side, side)), requires_grad=False)
-        self.predictor_blocks = nn.ModuleList(Block(width, heads, plain) for _ in range(depth))
+        self.predictor_blocks = nn.ModuleList(Block(width, heads, hidden, plain) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, dim)
 

@@ -22,6 +22,7 @@ from benchmarks.timing import matmul_rate
 from benchmarks.ways import Compiled, Eager, Fast, FastRagged, Masks, Way, naive_models, official
 from fastjepa import IJEPA, MaskCollator, Ragged
 from fastjepa.chips import chip_of
+from fastjepa.nn import set_narrow_stream
 from fastjepa.training.models import ENCODERS, step_flops
 
 MOMENTUM = 0.996
@@ -39,7 +40,7 @@ class Work:
         name: of a `fastjepa` encoder. patch, pixels: of its square images. batch: images.
         predictor: its width and depth; heads are the encoder's, as in the published code.
         sizes: keywords of the encoder that replace the name's.
-        bf16: autocast, else fp32. official: a checkout of the published code.
+        bf16: autocast, else fp32. narrow: ours with `set_narrow_stream`. official: a checkout of the published code.
     """
 
     name: str = "vit_small"
@@ -49,6 +50,7 @@ class Work:
     predictor: tuple[int, int] = (384, 6)
     sizes: dict[str, int] = field(default_factory=dict)
     bf16: bool = False
+    narrow: bool = False
     device: torch.device = field(default_factory=here)
     official: Path | None = None
 
@@ -69,7 +71,9 @@ class Work:
                 depth=depth,
                 num_heads=encoder.num_heads,
             )
-        return IJEPA(encoder, predictor)
+        model = IJEPA(encoder, predictor)
+        set_narrow_stream(model, self.narrow)
+        return model
 
     def masks(self, count: int, seed: int, ragged: bool) -> tuple[Any, Any]:
         """(masks_enc, masks_pred) of `count` images with the published settings, on the CPU."""
@@ -91,9 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pred-depth", type=int, help="default: 12 from vit_large on, 6 below, as published")
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 (autocast) on a GPU, fp32 elsewhere")
+    parser.add_argument("--narrow-stream", action="store_true", help="ours with a bf16 residual stream")
     parser.add_argument("--row", action="append", choices=ROWS, help="default: all but official; eager is always there")
     parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the published code, as one row")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -102,12 +106,10 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     Raises:
         ValueError: sizes that do not go together, or a count below one.
     """
-    for name in ("patch_size", "crop_size", "batch_size", "steps", "threads", "pred_depth", "pred_emb_dim"):
+    for name in ("patch_size", "crop_size", "batch_size", "steps", "pred_depth", "pred_emb_dim"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     device = here()
     deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
     work = Work(
@@ -117,6 +119,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         arguments.batch_size or (128 if device.type == "cuda" else 16),
         (arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)),
         bf16=arguments.dtype == "bf16" or (arguments.dtype is None and device.type == "cuda"),
+        narrow=arguments.narrow_stream,
         device=device,
         official=arguments.official,
     )

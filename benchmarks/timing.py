@@ -16,6 +16,11 @@ AHEAD = 2_000_000  # GPU cycles of waiting before a call, about a millisecond, i
 ENOUGH, SECONDS = 5, 1.0  # calls of a processor that are enough, where more would take longer than this
 
 
+def clock() -> float:
+    """Seconds of the host: of this process alone where torch has one thread, so that what others take is not in it."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Timing(NamedTuple):
     """Of one call: median and spread (90th less 10th percentile) in seconds; host: until it has been launched."""
 
@@ -39,19 +44,19 @@ def measure(
     if device.type != "cuda":
         while len(times) < repeats and (len(times) < ENOUGH or sum(times) < SECONDS):
             scratch.add_(1)
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return _summary(times, times)
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
     for begin, end in events:
         scratch.add_(1)
         torch.cuda._sleep(AHEAD)
-        start = time.perf_counter()
+        start = clock()
         begin.record()
         call()
         end.record()
-        host.append(time.perf_counter() - start)
+        host.append(clock() - start)
         torch.cuda.synchronize(device)
     times = [begin.elapsed_time(end) / 1e3 for begin, end in events]
     return _summary(times, host)
@@ -105,8 +110,8 @@ def matmul_rate(device: torch.device) -> float:
 def _best(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest of a second of calls: what else a machine does makes it slower, never faster."""
     call()
-    found, end = [], time.perf_counter() + 1.0
-    while not found or time.perf_counter() < end:
+    found, end = [], clock() + 1.0
+    while not found or clock() < end:
         found.append(measure(call, device, repeats=1, warmup=0, cold=False).median)
     return min(found)
 

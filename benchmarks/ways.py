@@ -178,7 +178,7 @@ class Fast(Way):
 
     def __init__(self, model: IJEPA, bf16: bool = False):
         super().__init__((model.encoder, model.predictor), model.target_encoder, bf16)
-        self.model, self.optimizer = model, build_optimizer(model)
+        self.model, self.optimizer = model, build_optimizer(model, bf16)
 
     def inputs(self, masks_enc: Masks, masks_pred: Masks, images: int) -> tuple[Any, ...]:
         """The masks, and which rows of the target encoder's output they name, worked out on the CPU."""
@@ -235,11 +235,12 @@ def naive_models(model: IJEPA, plain: bool = True) -> tuple[Encoder, Predictor]:
     if rows != columns:
         raise ValueError(f"the baselines take square images, got {rows}x{columns} patches")
     heads, width = encoder.num_heads, predictor.predictor_embed.out_features
-    blocks = len(encoder.blocks), len(predictor.predictor_blocks)
+    stacks = encoder.blocks, predictor.predictor_blocks
+    layers = [(int(b[0].mlp.fc1.out_features), len(b)) for b in stacks]  # pyright: ignore
     device = encoder.pos_embed.device
     with device:
-        ours = Encoder(rows, encoder.patch_embed.patch_size, encoder.embed_dim, blocks[0], heads, plain)
-        theirs = Predictor(rows, encoder.embed_dim, width, blocks[1], heads, plain)
+        ours = Encoder(rows, encoder.patch_embed.patch_size, encoder.embed_dim, *layers[0], heads, plain)
+        theirs = Predictor(rows, encoder.embed_dim, width, *layers[1], heads, plain)
     ours.load_state_dict(encoder.state_dict())
     theirs.load_state_dict(predictor.state_dict())
     return ours.to(encoder.pos_embed), theirs.to(encoder.pos_embed)

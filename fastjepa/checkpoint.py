@@ -11,20 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa import huggingface
+
 MODELS = ("encoder", "predictor", "target_encoder")
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A training checkpoint, ours or an official `.pth.tar`, as a dict on the CPU.
+    """A checkpoint, ours or an official `.pth.tar`, or a folder of transformers' `IJepaModel`, as a dict on the CPU.
 
     Returns:
         Its entries, among them the state dicts `encoder`, `predictor` and `target_encoder` (no `module.` prefix) and
-        `epoch`. Code in the file is never run.
+        `epoch`. Code in the file is never run. A folder's one encoder is both encoders, and its predictor is empty;
+        `encoder_config` has its sizes.
 
     Raises:
         ValueError: a file that is not there, cannot be read, or lacks an entry; names the file and what is wrong.
     """
     path = Path(path)
+    if path.is_dir():
+        encoder, sizes = huggingface.read_encoder(path)
+        models = {"encoder": encoder, "predictor": {}, "target_encoder": dict(encoder)}
+        return {**models, "epoch": 0, "encoder_config": sizes.to_dict()}
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: no such file")
     try:

@@ -13,7 +13,8 @@ from fastjepa import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fastjepa ARGV`; the exit status is 0, 2 for bad input (one line on stderr), 1 for a run that failed."""
+    """Run `fastjepa ARGV`; the exit status is 0, 2 for bad input (one line on stderr), 1 for a run that failed, 75 for
+    one that a signal asked to stop: it has saved and can go on."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -62,11 +63,67 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
     demo.set_defaults(run=_demo)
 
+    export = commands.add_parser("export", help="a checkpoint in another layout: official, transformers, ours")
+    export.description = "Write a checkpoint in another layout; the weights stay bit for bit."
+    _add_checkpoint(export)
+    export.add_argument("--to", required=True, metavar="LAYOUT", help="transformers, official or fastjepa")
+    export.add_argument("out", metavar="OUT", help="the folder (transformers) or file to write")
+    export.add_argument("--json", metavar="FILE", help="write what was done there, - for standard output")
+    export.set_defaults(run=_export)
+
+    _add_eval(commands.add_parser("eval", help="probes of a checkpoint's encoder on a folder of labelled pictures"))
+
+    _add_show(commands.add_parser("show", help="pictures of what a checkpoint's encoder sees"))
+
     doctor = commands.add_parser("doctor", help="what is installed, and which backend each operation uses")
     doctor.add_argument("--json", metavar="FILE", help="write the report there, - for standard output")
     doctor.set_defaults(run=_doctor)
     _add_plan(commands.add_parser("plan", help="hours, money and memory of a run on GPUs that need not be here"))
     return top
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """The options that say which encoder is meant."""
+    command.add_argument("checkpoint", help="ours, an official .pth.tar, or a folder of transformers' IJepaModel")
+    command.add_argument("--model", default="target_encoder", metavar="NAME", help="%(default)s (default) or encoder")
+    command.add_argument("--num-heads", type=int, metavar="COUNT", help="where neither file nor width tells")
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    """The options of `eval`."""
+    command.description = "Judge a frozen encoder: linear, nearest-neighbour, low-shot and attentive probes."
+    _add_checkpoint(command)
+    command.add_argument("--data", required=True, metavar="FOLDER", help="class folders, or train and val with these")
+    command.add_argument(
+        "--test", metavar="FOLDER", help="judge by this one; default: the data's own, or a fifth of it"
+    )
+    command.add_argument("--probes", metavar="NAMES", help="some of linear,knn,low-shot,attentive; default: all")
+    command.add_argument("--epochs", type=int, metavar="COUNT", help="of the linear probe; default: 28")
+    command.add_argument("--attentive-epochs", type=int, metavar="COUNT", help="default: 20")
+    command.add_argument("--neighbours", type=int, metavar="COUNT", help="default: 10")
+    command.add_argument("--shots", metavar="NUMBERS", help="labels a class, or shares below 1; default: 0.01,5")
+    command.add_argument("--seed", type=int, help="of splits, draws and orders; default: 0")
+    command.add_argument("--batch-size", type=int, default=128, metavar="PICTURES", help="default: %(default)s")
+    command.add_argument("--workers", type=int, default=0, metavar="COUNT", help="that read pictures; default: 0")
+    command.add_argument("--device", default="auto", help="default: CUDA where there is one")
+    command.add_argument("--confusion", metavar="PNG", type=Path, help="draw what each class is taken for")
+    command.add_argument("--csv", metavar="FILE", type=Path, help="write the table there")
+    command.add_argument("--json", metavar="FILE", help="write everything there, - for standard output")
+    command.set_defaults(run=_eval)
+
+
+def _add_show(command: argparse.ArgumentParser) -> None:
+    """The options of `show`."""
+    command.description = "Draw features, similarity, attention and masks as PNGs, and a page that holds them all."
+    _add_checkpoint(command)
+    command.add_argument("--data", required=True, metavar="PICTURES", help="a picture, or a folder of them")
+    command.add_argument("--out", default="runs/show", metavar="FOLDER", help="default: %(default)s")
+    command.add_argument("--count", type=int, default=4, metavar="PICTURES", help="default: %(default)s")
+    command.add_argument("--scale", type=int, default=1, metavar="TIMES", help="larger pictures than in training")
+    command.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="default: some")
+    command.add_argument("--seed", type=int, default=0, help="that chooses pictures and masks; default: 0")
+    command.add_argument("--json", metavar="FILE", help="write the files' names there, - for standard output")
+    command.set_defaults(run=_show)
 
 
 def _add_pack(tasks: argparse._SubParsersAction) -> None:
@@ -121,6 +178,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from fastjepa.config import load_config
     from fastjepa.training import train
+    from fastjepa.training.stop import RESUMABLE
 
     result = train(load_config(arguments.config, arguments.overrides))
     summary = {"steps": result.steps, "loss": result.loss, "checkpoint": str(result.checkpoint)}
@@ -128,7 +186,7 @@ def _train(arguments: argparse.Namespace) -> int:
         _write_json(summary, arguments.json)
     if arguments.json != "-":
         print(f"{result.steps} steps done, loss {result.loss:.4f}; checkpoint: {result.checkpoint}")
-    return 0
+    return RESUMABLE if result.stopped and result.stopped != "SIGINT" else 0
 
 
 def _pack(arguments: argparse.Namespace) -> int:
@@ -155,6 +213,79 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write_json(result, arguments.json)
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fastjepa.export import export
+
+    result = export(arguments.checkpoint, arguments.to, arguments.out, arguments.model, arguments.num_heads)
+    if arguments.json:
+        _write_json(result, arguments.json)
+    if arguments.json != "-":
+        print(f"{result['out']}: {result['parameters'] / 1e6:.1f} M parameters of the {arguments.model}")
+        for note in result["notes"]:
+            print(f"note: {note}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from fastjepa import evaluation
+
+    asked = {name: getattr(arguments, name) for name in ("epochs", "attentive_epochs", "neighbours", "seed")}
+    asked |= {
+        "probes": arguments.probes and tuple(arguments.probes.split(",")),
+        "shots": arguments.shots and _numbers("--shots", arguments.shots),
+    }
+    result = evaluation.evaluate_checkpoint(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.test,
+        model=arguments.model,
+        num_heads=arguments.num_heads,
+        settings=evaluation.ProbeSettings(**{name: value for name, value in asked.items() if value is not None}),
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=arguments.device,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if arguments.csv:
+        evaluation.write_csv(result, arguments.csv)
+    if arguments.confusion:
+        title = f"Confusion of the {result['confusion_of']} probe, % of each class"
+        evaluation.plot_confusion(result["confusion"], result["classes"], arguments.confusion, title)
+    if arguments.json:
+        _write_json(result, arguments.json)
+    if arguments.json != "-":
+        print(evaluation.render(result))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from fastjepa.evaluation.gallery import show_checkpoint
+
+    files = show_checkpoint(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.out,
+        model=arguments.model,
+        num_heads=arguments.num_heads,
+        count=arguments.count,
+        scale=arguments.scale,
+        patch=arguments.patch and tuple(arguments.patch),
+        seed=arguments.seed,
+    )
+    if arguments.json:
+        _write_json(files, arguments.json)
+    if arguments.json != "-":
+        print(files["page"])
+    return 0
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas between, such as 0.01,5; got {text!r}") from None
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

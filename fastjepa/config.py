@@ -104,13 +104,20 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is run; none of it changes the numbers but `seed`, and `attention` in their last digits."""
+    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream`; on `attention` and
+    `accumulate` in their last digits; on nothing else here."""
 
     device: str = "auto"
     seed: int = 0
     save_every: int = 1000  # steps; a checkpoint is also saved at the end of each epoch
+    save_minutes: float = 0.0  # and as soon as so many minutes have passed since the last; 0: by steps alone
+    resume: bool = False  # go on from the folder's latest checkpoint where there is one, else start
     keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
     attention: str = "auto"  # backend, as fastjepa.ops.ragged_attention takes it
+    accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
+    activation_checkpointing: bool = False  # compute a block's inside again in the backward pass, to save memory
+    narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
+    compress_gradients: bool = False  # sent between processes as bf16
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
     profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
     progress: bool = True
@@ -288,7 +295,11 @@ def _check(config: Config, source: str) -> None:
             config.logging.every, config.logging.watch_every
         )
         < 1,
+        "runtime.save_minutes must be at least 0": not runtime.save_minutes >= 0,
         "runtime.save_every and runtime.keep must be at least 1": min(runtime.save_every, runtime.keep) < 1,
+        f"runtime.accumulate={runtime.accumulate} does not divide data.batch_size={data.batch_size}": (
+            runtime.accumulate < 1 or data.batch_size % runtime.accumulate > 0
+        ),
         "runtime.seed must be at least 0": runtime.seed < 0,
     }
     for message, is_wrong in wrong.items():

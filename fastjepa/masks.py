@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,10 @@ class MaskCollator:
 
     def sample(self, batch_size: int, key: Sequence[int]) -> tuple[list[Tensor] | Ragged, list[Tensor] | Ragged]:
         """(masks_enc, masks_pred) of a batch, following from `key` (non-negative ints) alone; changes nothing."""
+        return self.draw(batch_size, key).masks()
+
+    def draw(self, batch_size: int, key: Sequence[int]) -> Drawn:
+        """The masks of `sample`, from which those of some images can be taken."""
         if batch_size < 1:
             raise ValueError("cannot draw masks for an empty batch")
         rng = np.random.default_rng(list(key))
@@ -102,20 +107,8 @@ class MaskCollator:
         height, width = int(pred_size[0]), int(pred_size[1])
         block = (np.arange(height, dtype=np.int32)[:, None] * self.width + np.arange(width, dtype=np.int32)).ravel()
         targets = (top * self.width + left)[..., None] + block  # [B, npred, h * w]
-
-        kept = self._contexts(rng, enc_size, top, left, pred_size)  # bool [B * nenc, N]
-        lengths = np.count_nonzero(kept, axis=1)
-        patches = self.height * self.width
-        contexts = (np.flatnonzero(kept) % patches).astype(np.int32)
-        if self.ragged:
-            offsets = np.arange(batch_size * self.npred + 1, dtype=np.int32) * len(block)
-            return (
-                _ragged(contexts, np.concatenate(([0], lengths.cumsum())).astype(np.int32), self.nenc),
-                _ragged(targets.reshape(-1), offsets, self.npred),
-            )
-        starts = lengths.cumsum() - lengths
-        cut = contexts[starts[:, None] + np.arange(lengths.min())].reshape(batch_size, self.nenc, -1)
-        return _lists(cut), _lists(targets)
+        kept = self._contexts(rng, enc_size, top, left, pred_size)
+        return Drawn(kept.reshape(batch_size, self.nenc, -1), targets, self.ragged)
 
     def _contexts(
         self, rng: np.random.Generator, size: np.ndarray, top: np.ndarray, left: np.ndarray, pred_size: np.ndarray
@@ -179,6 +172,45 @@ class MaskCollator:
                 f"must have more than min_keep={self.min_keep} patches; raise the scale or lower min_keep"
             )
         return np.stack([height, width], axis=1).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The masks of a batch.
+
+    Shapes: contexts bool [B, nenc, N], the patches of each context; targets int32 [B, npred, K'], those of each target.
+    """
+
+    contexts: np.ndarray
+    targets: np.ndarray
+    ragged: bool
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64 [B], the context patches of each image."""
+        return np.count_nonzero(self.contexts, axis=(1, 2))
+
+    def masks(self, images: np.ndarray | None = None) -> tuple[list[Tensor] | Ragged, list[Tensor] | Ragged]:
+        """(masks_enc, masks_pred) of all images, or of those that `images` (int [B']) names, in that order.
+
+        As lists they are cut to the shortest context among them.
+        """
+        contexts, targets = (
+            (self.contexts, self.targets) if images is None else (self.contexts[images], self.targets[images])
+        )
+        count, nenc, patches = contexts.shape
+        npred, size = targets.shape[1:]
+        lengths = np.count_nonzero(contexts, axis=2).reshape(-1)
+        named = (np.flatnonzero(contexts) % patches).astype(np.int32)
+        if self.ragged:
+            offsets = np.arange(count * npred + 1, dtype=np.int32) * size
+            return (
+                _ragged(named, np.concatenate(([0], lengths.cumsum())).astype(np.int32), nenc),
+                _ragged(targets.reshape(-1), offsets, npred),
+            )
+        starts = lengths.cumsum() - lengths
+        cut = named[starts[:, None] + np.arange(lengths.min())].reshape(count, nenc, -1)
+        return _lists(cut), _lists(targets)
 
 
 def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor]) -> Tensor:

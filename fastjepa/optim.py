@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fastjepa.copies import set_current
 from fastjepa.kernels.reference import ema_update_ref_
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class AdamWEMA(torch.optim.AdamW):
                 loss = closure()
         if not (self._takes_kernels() and self._step_kernels()):
             self._step_torch()
+        for tensor, copy in self._copies.items():
+            set_current(copy, tensor)
         return loss
 
     def sync_hyperparameters(self) -> None:

@@ -118,6 +118,12 @@ class Ragged:
         new.offsets = self.offsets.pin_memory()
         return new
 
+    def of_images(self, start: int, end: int) -> Ragged:
+        """The sequences of images start, start + 1, ... end - 1; values are views. Waits for the device."""
+        offsets = self.offsets[start * self.per_image : end * self.per_image + 1]
+        first, last = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, 0)
+        return Ragged(self.values[first:last], offsets - first, self.per_image)
+
     def unbind(self) -> list[Tensor]:
         """The sequences as a list of S tensors, views of `values`. Waits for the device."""
         return list(self.values.split(self.lengths.tolist()))

@@ -21,11 +21,23 @@ EVERYTHING = [ROOT / "setup.py", *KERNELS, *LIBRARY, *BENCHMARKS, *TESTS]
 # A module imports from rows above its own, and from within itself. "fastjepa" is the package's own __init__: whoever
 # imports a public name from there gets everything that it holds.
 LAYERS = (
-    ("kernels", "masks", "ragged", "pairing", "schedules", "config", "flops", "chips"),
+    (
+        "kernels",
+        "masks",
+        "ragged",
+        "pairing",
+        "schedules",
+        "config",
+        "flops",
+        "chips",
+        "copies",
+        "layouts",
+        "huggingface",
+    ),
     ("ops", "checkpoint"),
     ("nn",),
-    ("objective", "optim"),
-    ("patch", "data"),
+    ("objective", "optim", "ema"),
+    ("patch", "data", "integrations", "pretrained"),
     ("fastjepa",),
     ("evaluation",),
     ("training",),

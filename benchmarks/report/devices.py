@@ -18,6 +18,7 @@ SUITES = {  # in the order that they are shown
     "step": "Training steps",
     "kernels": "Operations against their peers",
     "scaling": "How a step's cost grows",
+    "swap": "Other codebases before and after the swap",
     "masks": "Drawing masks",
     "input": "Reading pictures",
     "host": "Launching, on the processor",
@@ -27,6 +28,7 @@ NAMES = {
     "step": ("row", "model", "batch"),
     "kernels": ("operation", "case", "peer"),
     "scaling": ("axis", "value", "row"),
+    "swap": ("codebase", "model"),
     "masks": ("patches", "batch", "form"),
     "input": ("engine",),
     "host": ("operation",),
@@ -40,7 +42,7 @@ NUMBERS = {  # that are drawn or counted with
     "ms", "spread_ms", "images_per_second", "context_tokens_per_second", "mfu", "of_matmul_rate", "peak_memory_bytes",
     "joules_per_1000_images", "eager_over_this", "GB/s", "TFLOP/s", "roof", "bytes", "flops", "best_peer_over_ours",
     "graph_ms", "median_ms", "min_ms", "images_per_second_per_core", "spread", "parameters", "tokens", "value",
-    "ours_us", "torch_us",
+    "ours_us", "torch_us", "before_ms", "after_ms", "speedup", "outputs", "gradients", "places",
 }  # fmt: skip
 MACHINE = ("device", "kind", "chip", "threads", "torch", "triton", "python", "cuda", "driver", "commit")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.report import tables
 from benchmarks.report.devices import SUITES, Device, unmeasured_chips
-from benchmarks.report.tables import NOT_MEASURED, Table, digits, text
+from benchmarks.report.tables import AXES, NOT_MEASURED, Table, digits, text
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README = Path(__file__).parents[2] / "README.md"
@@ -41,9 +41,11 @@ def readme(devices: Sequence[Device]) -> str:
 
 
 def small(device: Device) -> str:
-    """What a device's masks and input rows come to, in a line; empty where it has none."""
+    """What a device's masks, input and scaling rows come to, in a line; empty where it has none."""
     masks = [row for run in device.of("masks") for row in run["rows"] if row.get("median_ms")]
     read = [row for run in device.of("input") for row in run["rows"] if row.get("images_per_second_per_core")]
+    read = [row for row in read if row.get("error") is not None]  # one that only decodes makes no crops
+    scaled = [row for run in device.of("scaling") for row in run["rows"] if row.get("images_per_second")]
     said = []
     if masks:
         row = max(masks, key=lambda row: row["median_ms"])
@@ -55,7 +57,18 @@ def small(device: Device) -> str:
         said.append(
             f"pictures by {row['engine']} {digits(row['images_per_second_per_core'])} images/s a core, the fastest"
         )
+    said += [line for axis in AXES if (line := _ends(axis, [row for row in scaled if row["axis"] == axis]))]
     return f"{device.name}: {'; '.join(said)}." if said else ""
+
+
+def _ends(axis: str, rows: Sequence[dict]) -> str:
+    """Images a second of our truncated steps at the two ends of a scaling axis."""
+    rows = sorted((row for row in rows if row["row"] == "fastjepa truncated"), key=lambda row: row["value"])
+    if len(rows) < 2:
+        return ""
+    ends = (rows[0], rows[-1])
+    values, rates = [f"{row['value']:g}" for row in ends], [digits(row["images_per_second"]) for row in ends]
+    return f"{axis} {values[0]} to {values[1]}: {rates[0]} to {rates[1]} images/s, truncated"
 
 
 def replaced(page: str, region: str) -> str:

@@ -25,6 +25,18 @@ NOT_MEASURED = "not measured"
 Cell = str | float | int | None
 WORDS = {"predictor_width": "predictor width", "predictor_depth": "predictor depth", "npred": "target blocks"}
 SMALL: dict[str, tuple[str, dict[str, str]]] = {  # suite -> caption, and words for the keys that are shown
+    "swap": (
+        "Models of other codebases, forward and backward, in ms, and the relative difference of their numbers",
+        {
+            "codebase": "codebase",
+            "model": "model",
+            "before_ms": "before",
+            "after_ms": "after",
+            "speedup": "times as fast",
+            "outputs": "outputs differ by",
+            "gradients": "gradients differ by",
+        },
+    ),
     "masks": (
         "Milliseconds to draw the masks of a batch, on one core",
         {"patches": "patches", "batch": "images", "form": "form", "median_ms": "ms", "min_ms": "ms at least"},

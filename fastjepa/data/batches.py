@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastjepa.pairing import TargetRows
 from fastjepa.ragged import Ragged
 
 Masks = list[Tensor] | Ragged
+LOST_WORKER = ("DataLoader worker (pid", "DataLoader timed out")  # how PyTorch's errors begin
 
 PREFETCH = 2  # batches that each worker is ahead
 
@@ -29,8 +30,9 @@ class Batch:
     """One step's input.
 
     Shapes: images uint8 [B, 3, H, W], torch.channels_last in memory; masks as `MaskCollator` gives them; targets of
-    masks_pred; samples int64 [B], index of each picture; unreadable: what could not be read while making it, a line
-    each (another picture stands in); fallback: the first picture that the engine left to Pillow, and why.
+    masks_pred; samples int64 [B], index of each picture; num_patches: N, of a whole picture; unreadable: what could not
+    be read while making it, a line each (another picture stands in); fallback: the first picture that the engine left
+    to Pillow, and why.
     """
 
     images: Tensor
@@ -38,6 +40,7 @@ class Batch:
     masks_pred: Masks
     targets: TargetRows
     samples: Tensor
+    num_patches: int
     unreadable: tuple[str, ...] = ()
     fallback: str | None = None
 
@@ -68,12 +71,43 @@ class Batch:
             return len(self.masks_enc.values)
         return sum(m.numel() for m in self.masks_enc)
 
+    def parts(self, count: int) -> list[tuple[Batch, float]]:
+        """The batch in `count` parts of equal numbers of images, and the share of the target tokens that each has.
+
+        The losses of the parts, each times its share, add up to the batch's. For batches on the CPU.
+
+        Raises:
+            ValueError: a count that does not divide the images.
+        """
+        images = len(self.images)
+        if count < 1 or images % count:
+            raise ValueError(f"a batch of {images} images cannot be taken in {count} equal parts")
+        if count == 1:
+            return [(self, 1.0)]
+        size = images // count
+        found = [self._part(start, start + size) for start in range(0, images, size)]
+        tokens = [len(part.targets.place) for part in found]
+        return [(part, n / sum(tokens) if sum(tokens) else 0.0) for part, n in zip(found, tokens, strict=True)]
+
+    def _part(self, start: int, end: int) -> Batch:
+        masks_enc, masks_pred = (
+            masks.of_images(start, end) if isinstance(masks, Ragged) else [m[start:end] for m in masks]
+            for masks in (self.masks_enc, self.masks_pred)
+        )
+        targets = TargetRows.build(masks_pred, end - start, self.num_patches)
+        images, samples = self.images[start:end], self.samples[start:end]
+        return replace(
+            self, images=images, masks_enc=masks_enc, masks_pred=masks_pred, targets=targets, samples=samples
+        )
+
 
 class TrainingBatches(Dataset):
     """Batch number `step`: pictures of a permutation drawn for each epoch, crops and masks drawn for each step.
 
     Everything follows from (seed, step), so neither the number of workers nor an interruption changes a batch. Of
-    `world` processes that train together, the one of `rank` takes its `batch_size` of the step's pictures. The pictures
+    `world` processes that train together, the one of `rank` takes its `batch_size` of the step's pictures; with
+    `Ragged` masks they are dealt out so that each has about as many tokens, and the step is the same whatever `world`
+    is. As lists, masks are cut to the shortest context of a process, as in the published code. The pictures
     left over at the end of an epoch, fewer than a step needs, are dropped, as in the published code.
 
     Raises:
@@ -113,8 +147,34 @@ class TrainingBatches(Dataset):
         """The batch of `step`."""
         return self._finish(self._make(step))
 
-    def loader(self, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
-        """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for)."""
+    def loader(
+        self, start: int, end: int, workers: int, pin: bool, say: Callable[[str], None] = print, patience: float = 600.0
+    ) -> Iterator[Batch]:
+        """Batches start, start + 1, ... end - 1, made ahead by `workers` processes (0: made here, when asked for).
+
+        A worker that dies, or gives nothing for `patience` seconds, is told to `say`, and all are started anew, once.
+
+        Raises:
+            OSError: it happened again.
+        """
+        lost, step = 0, start
+        while step < end:
+            try:
+                for batch in self._stream(step, end, workers, pin, patience):
+                    yield batch
+                    step += 1
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not workers or not _is_lost(error):
+                    raise
+                lost += 1
+                if lost > 1:
+                    raise OSError(
+                        f"data workers were lost twice, now at step {step} ({error}); data.num_workers=0 reads "
+                        "pictures in the training process and shows what is wrong"
+                    ) from error
+                say(f"warning: a data worker was lost at step {step} ({error}); all are started anew")
+
+    def _stream(self, start: int, end: int, workers: int, pin: bool, patience: float) -> Iterator[Batch]:
         ring = None
         if workers and not self.augment.engine.late:
             size = self.augment.crop_size
@@ -128,31 +188,32 @@ class TrainingBatches(Dataset):
             prefetch_factor=PREFETCH if workers else None,
             pin_memory=pin,
             collate_fn=_whole,
+            timeout=patience if workers else 0,
             generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
         # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
-        return self._stream(iter(loader), copies=ring is not None and not pin)
+        copies = ring is not None and not pin
+        for batch in map(self._finish, loader):
+            yield replace(batch, images=batch.images.clone()) if copies else batch
 
     def _make(self, step: int, out: Tensor | None = None) -> tuple[Batch, list[Placed]]:
         """What a worker does for a step, the images in `out`; pictures decoded late come encoded beside the batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        number = step * self.world + self.rank  # each process draws from streams of its own
-        first = (place * self.world + self.rank) * self.batch_size
-        chosen = self.order(epoch)[first : first + self.batch_size].tolist()
-        streams = np.random.default_rng([self.seed, 1, number]).spawn(len(chosen))
+        size = self.batch_size * self.world
+        masks = self.masks.draw(size, [self.seed, 2, step])
+        mine = dealt(masks.tokens if self.masks.ragged else np.zeros(size), self.rank, self.world)
+        chosen = self.order(epoch)[place * size : (place + 1) * size][mine].tolist()
+        streams = [np.random.default_rng([self.seed, 1, step, int(image)]) for image in mine]
         drawn = draw_crops(self.folder, self.augment, chosen, streams)
-        masks_enc, masks_pred = self.masks.sample(self.batch_size, [self.seed, 2, number])
-        targets = TargetRows.build(masks_pred, self.batch_size, self.masks.height * self.masks.width)
+        masks_enc, masks_pred = masks.masks(mine)
+        patches = self.masks.height * self.masks.width
+        targets = TargetRows.build(masks_pred, self.batch_size, patches)
         images = torch.empty(0, dtype=torch.uint8)
         if drawn.crops:
             images = torch.stack([crop.permute(1, 2, 0) for crop in drawn.crops], out=out).permute(0, 3, 1, 2)
         samples = torch.tensor(drawn.samples)
         unreadable = tuple(drawn.unreadable)
-        return Batch(images, masks_enc, masks_pred, targets, samples, unreadable, drawn.fallback), drawn.placed
-
-    def _stream(self, made: Iterator[tuple[Batch, list[Placed]]], copies: bool) -> Iterator[Batch]:
-        for batch in map(self._finish, made):
-            yield replace(batch, images=batch.images.clone()) if copies else batch
+        return Batch(images, masks_enc, masks_pred, targets, samples, patches, unreadable, drawn.fallback), drawn.placed
 
     def _finish(self, made: tuple[Batch, list[Placed]]) -> Batch:
         """The batch, with what its worker left to the process that trains."""
@@ -165,6 +226,26 @@ class TrainingBatches(Dataset):
             name = self.augment.engine.name
             raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
         return replace(batch, images=images, fallback=fallback)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether PyTorch says by `error` that a worker is gone, not that something failed in one."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(LOST_WORKER)
+    return "DataLoader worker process" not in str(error)  # what it had made went with it, half handed over
+
+
+def dealt(tokens: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """The images of a step that are `rank`'s: as many for each of `world` processes, and about as many tokens.
+
+    From the longest on they are dealt out in turns, back and forth. Shapes: tokens [B * world] -> int64 [B].
+
+    >>> [dealt(np.array([9, 1, 8, 2]), rank, 2).tolist() for rank in range(2)]
+    [[0, 1], [2, 3]]
+    """
+    turns = np.argsort(-tokens, kind="stable").reshape(-1, world)
+    turns[1::2] = turns[1::2, ::-1]
+    return np.sort(turns[:, rank])
 
 
 class _Made(Dataset):

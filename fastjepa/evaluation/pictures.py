@@ -84,7 +84,7 @@ def plot_features(encoder: nn.Module, images: Tensor, out: Path, baseline: nn.Mo
     if not len(images):
         raise ValueError("there are no images to draw the features of")
     figure_of, context = _matplotlib()
-    columns = [("picture", _shown(images))]
+    columns = [("picture", shown(images))]
     if baseline is not None:
         columns.append(("before training", feature_colours(baseline, images)))
     columns.append(("after training" if baseline is not None else "features", feature_colours(encoder, images)))
@@ -100,6 +100,39 @@ def plot_features(encoder: nn.Module, images: Tensor, out: Path, baseline: nn.Mo
                 axis.set_axis_off()
                 if row == 0:
                     axis.set_title(title, loc="center", fontsize=15)
+        figure.savefig(out)
+    return out
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], out: Path, title: str = "") -> Path:
+    """Draw what each class is taken for, as shares of the pictures of the class (a row).
+
+    Shapes: confusion [C][C] counts, rows the true classes. Names and numbers are written where there is room for them.
+
+    Raises:
+        ValueError: no classes, or matplotlib is not installed.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    if not counts.size:
+        raise ValueError("there are no classes to draw a confusion of")
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    figure_of, context = _matplotlib()
+    with context(STYLE | {"axes.grid": False}):
+        figure = figure_of((7.2, 7.2), dpi=150, layout="constrained")
+        axis = figure.subplots()
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axis.set_xlabel("taken for")
+        axis.set_ylabel("is")
+        if len(classes) <= 30:
+            size = 13 if len(classes) <= 12 else 9
+            axis.set_xticks(range(len(classes)), [name[:16] for name in classes], rotation=90, fontsize=size)
+            axis.set_yticks(range(len(classes)), [name[:16] for name in classes], fontsize=size)
+        if len(classes) <= 12:
+            for (row, column), share in np.ndenumerate(shares):
+                if round(100 * share):
+                    colour = "white" if share > 0.5 else INK
+                    axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=12)
+        figure.suptitle(title or "Confusion, % of each class", fontsize=15, fontweight="bold")
         figure.savefig(out)
     return out
 
@@ -161,7 +194,7 @@ def _draw_rank(axis: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylim(0, 1.15 * max(ranks))
 
 
-def _shown(images: Tensor) -> np.ndarray:
+def shown(images: Tensor) -> np.ndarray:
     """Images as matplotlib shows them, [k, H, W, 3]; floating ones are stretched to 0..1."""
     if images.dtype == torch.uint8:
         return images.permute(0, 2, 3, 1).numpy()

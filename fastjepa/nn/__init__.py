@@ -1,10 +1,12 @@
 """Modules: the models of I-JEPA and the pieces they are made of."""
 
 from fastjepa.nn.block import MLP, Block
+from fastjepa.nn.linear import Linear, keep_copies
 from fastjepa.nn.padding import set_token_multiple
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.predictor import VisionTransformerPredictor, vit_predictor
 from fastjepa.nn.ragged_attention import RaggedAttention, set_attention_backend
+from fastjepa.nn.stack import set_activation_checkpointing, set_narrow_stream
 from fastjepa.nn.vision_transformer import (
     VisionTransformer,
     vit_base,
@@ -18,11 +20,15 @@ from fastjepa.nn.vision_transformer import (
 __all__ = [
     "MLP",
     "Block",
+    "Linear",
     "PatchEmbed",
     "RaggedAttention",
     "VisionTransformer",
     "VisionTransformerPredictor",
+    "keep_copies",
+    "set_activation_checkpointing",
     "set_attention_backend",
+    "set_narrow_stream",
     "set_token_multiple",
     "vit_base",
     "vit_giant",

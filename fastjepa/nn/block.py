@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa import ops
-from fastjepa.nn.norm import LayerNorm
+from fastjepa.nn.linear import Linear
+from fastjepa.nn.norm import LayerNorm, add_norm
 from fastjepa.nn.ragged_attention import RaggedAttention
 from fastjepa.ops import library
 
@@ -19,15 +20,15 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
         if library.takes_kernels(x) and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
-            return self.drop(self.fc2(self.drop(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))))
+            return self.drop(self.fc2(self.drop(ops.bias_gelu(self.fc1.product(x), self.fc1.bias))))
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -79,15 +80,24 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
-        """Apply the block to every sequence on its own."""
-        y = self.norm1(x, for_linear=True) if isinstance(self.norm1, LayerNorm) else self.norm1(x)
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        max_length: int,
+        keep: Tensor | None = None,
+        branch: Tensor | None = None,
+        deferred: bool = False,
+    ) -> Any:
+        """Apply the block to every sequence on its own.
+
+        `branch` [T, D] is added to x first. With `deferred` the result is (x, branch), yet to be added: the LayerNorm
+        that comes next does that in its own pass.
+        """
+        y, x = add_norm(self.norm1, x, branch, for_linear=True)
         attended = self.drop_path(self.attn(y, offsets, max_length, keep), offsets, keep)
         if keep is not None:
             x = ops.take_rows(x, keep)
-        if isinstance(self.norm2, LayerNorm):
-            y, x = self.norm2(attended, x, for_linear=True)
-        else:
-            x = x + attended
-            y = self.norm2(x)
-        return x + self.drop_path(self.mlp(y), offsets, keep)
+        y, x = add_norm(self.norm2, x, attended, for_linear=True)
+        out = self.drop_path(self.mlp(y), offsets, keep)
+        return (x, out) if deferred else x + out

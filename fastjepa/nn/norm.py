@@ -31,3 +31,13 @@ class LayerNorm(nn.LayerNorm):
         flat = x.flatten(0, -2)
         y, total = ops.add_layer_norm(flat, residual, self.weight, self.bias, self.eps, out_dtype)
         return y.view(x.shape) if residual is None else (y, total)
+
+
+def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, for_linear: bool = False) -> tuple[Tensor, Tensor]:
+    """(norm(x + branch), x + branch), in one pass where norm is our `LayerNorm`; without a branch of x alone."""
+    if not isinstance(norm, LayerNorm):
+        x = x if branch is None else x + branch
+        return norm(x), x
+    if branch is None:
+        return norm(x, for_linear=for_linear), x
+    return norm(branch, x, for_linear)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastjepa.nn.stack import Stack
+
 
 def set_token_multiple(model: nn.Module, multiple: int) -> int:
     """Have every encoder and predictor of one live model pad its packed tokens to a multiple; gives their number.
@@ -22,7 +24,7 @@ def set_token_multiple(model: nn.Module, multiple: int) -> int:
     """
     if multiple < 1:
         raise ValueError(f"tokens can be padded to multiples of 1 or more, got {multiple}")
-    found = [module for module in model.modules() if hasattr(module, "token_multiple")]
+    found = [module for module in model.modules() if isinstance(module, Stack)]
     for module in found:
-        module.token_multiple = multiple  # type: ignore[assignment]
+        module.token_multiple = multiple
     return len(found)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.nn.block import Block
 from fastjepa.nn.init import LAYER_NORM, init_weights, rescale_residuals
+from fastjepa.nn.linear import Linear
 from fastjepa.nn.position import sincos_positions
+from fastjepa.nn.stack import Stack
 from fastjepa.pairing import Pairing, PredictorLayout
 from fastjepa.ragged import Ragged, check_patches, masks_to_ragged
 
 
-class VisionTransformerPredictor(nn.Module):
+class VisionTransformerPredictor(Stack):
     """Predictor with the parameter names, shapes and keywords of the official `VisionTransformerPredictor`.
 
     Each pair of an image's context and one of its targets is a sequence of its own: the context's tokens, then one mask
@@ -62,8 +64,7 @@ class VisionTransformerPredictor(nn.Module):
         if grid[0] * grid[1] != num_patches:
             raise ValueError(f"num_patches={num_patches} is not the {grid[0]}x{grid[1]} grid; give grid_size")
         width = predictor_embed_dim
-        self.token_multiple = 1  # see `set_token_multiple`
-        self.predictor_embed = nn.Linear(embed_dim, width)
+        self.predictor_embed = Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # later layers drop more
@@ -72,7 +73,7 @@ class VisionTransformerPredictor(nn.Module):
             for rate in rates
         )
         self.predictor_norm = norm_layer(width)
-        self.predictor_proj = nn.Linear(width, embed_dim)
+        self.predictor_proj = Linear(width, embed_dim)
         nn.init.trunc_normal_(self.mask_token, std=init_std)
         init_weights(self, init_std)
         rescale_residuals(self.predictor_blocks)
@@ -106,17 +107,23 @@ class VisionTransformerPredictor(nn.Module):
         layout = PredictorLayout.build(masks_enc, masks_pred, pairing).padded(self.token_multiple)
         positions = self.predictor_pos_embed[0]
         context = self.predictor_embed(context)
-        # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions.
-        context = context.to(torch.promote_types(context.dtype, positions.dtype))
+        # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions unless told.
+        context = self.as_stream(context, torch.promote_types(context.dtype, positions.dtype))
         # The first block's norm1 and QKV of a context are the same for each of its targets. Shared, they would take
         # 0.1 % off a step's FLOPs and put 3.4 MB an image on gathers and sums of rows 3 D wide (ViT-H/14 ragged, by
         # count): at most 0.04 % of the step won on an A100, nothing on an H100.
         x = ops.assemble_predictor(context, self.mask_token.view(-1), positions, layout.source, layout.patches)
-        last = len(self.predictor_blocks) - 1
-        for depth, block in enumerate(self.predictor_blocks):
-            # Nothing reads the context's output, so the last block makes that of the mask tokens alone.
-            x = block(x, layout.offsets, layout.max_length, keep=layout.picked if depth == last else None)
-        return layout.targets.with_values(self.predictor_proj(self.predictor_norm(x)))
+        # Nothing reads the context's output, so the last block makes that of the mask tokens alone.
+        x = self.run(
+            self.predictor_blocks,
+            self.predictor_norm,
+            x,
+            layout.offsets,
+            layout.max_length,
+            keep=layout.picked,
+            for_linear=True,
+        )
+        return layout.targets.with_values(self.predictor_proj(x))
 
 
 def vit_predictor(**kwargs) -> VisionTransformerPredictor:

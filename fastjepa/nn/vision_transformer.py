@@ -13,10 +13,11 @@ from fastjepa.nn.block import Block
 from fastjepa.nn.init import LAYER_NORM, init_weights, rescale_residuals
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.position import interpolate_positions, sincos_positions
+from fastjepa.nn.stack import Stack
 from fastjepa.ragged import Ragged, masks_to_ragged, pad_offsets
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Stack):
     """Encoder with the parameter names, shapes and keywords of the official I-JEPA `VisionTransformer`.
 
     Shapes:
@@ -67,7 +68,6 @@ class VisionTransformer(nn.Module):
         del predictor_embed_dim, predictor_depth  # official keywords that the encoder takes and never used
         self.num_features = self.embed_dim = embed_dim
         self.num_heads = num_heads
-        self.token_multiple = 1  # see `set_token_multiple`
         sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
         self.patch_embed = PatchEmbed((sizes[0], sizes[-1]), patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.patch_embed.grid_size), requires_grad=False)
@@ -115,14 +115,8 @@ class VisionTransformer(nn.Module):
         total = x.shape[0]
         extra, offsets, max_length = pad_offsets(offsets, max_length, total, self.token_multiple)
         x = F.pad(x, (0, 0, 0, extra)) if extra else x
-        last = len(self.blocks) - 1
-        for depth, block in enumerate(self.blocks):
-            x = block(x, offsets, max_length, keep=keep if depth == last else None)
-        if keep is not None and not self.blocks:
-            x = ops.take_rows(x, keep)
-        if extra and keep is None:
-            x = x[:total]
-        return self.norm(x)
+        x = self.run(self.blocks, self.norm, self.as_stream(x, x.dtype), offsets, max_length, keep)
+        return x[:total] if extra and keep is None else x
 
 
 def _factory(name: str, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0):

@@ -12,7 +12,7 @@ from fastjepa.ops import library
 from fastjepa.ops.checks import check_offsets
 
 ATTENTION_BACKENDS = ("auto", "triton", "flash-attn", "xformers", "sdpa", "reference")
-_MODULES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers"}
+_MODULES = {"triton": "triton", "flash-attn": "flash_attn.flash_attn_interface", "xformers": "xformers"}
 
 
 def ragged_attention(
@@ -87,8 +87,15 @@ def check_backend(backend: str) -> None:
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"the backend of attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
     module = _MODULES.get(backend)
-    if module and importlib.util.find_spec(module) is None:
+    if module and not _is_installed(module):
         raise ValueError(f"the {backend} backend needs that package: pip install {backend}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def attention_backend(device: torch.device, backend: str = "auto") -> str:

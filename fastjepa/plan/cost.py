@@ -102,6 +102,8 @@ class Step:
         trained = self._layers(wide, depth[0], *context, ("forward", "backward"), None)
         predictor = self._layers(narrow, depth[1], *pairs, ("forward", "backward"), predicted)
         weights = self.models.encoder_parameters, self.models.predictor_parameters
+        if self.ours:  # the optimizer keeps copies of all but the patch embeddings'
+            weights = flops.patch_values * wide.width, 0
         return {
             "target": target + self._target_ends() + self.cast * weights[0],
             "context": trained + self._context_ends() + 2 * self.cast * weights[0],  # back again as gradients
@@ -128,9 +130,13 @@ class Step:
         """The patch embedding with positions, the picking of tokens for the last layer's end, and the last norm."""
         stream, branch = self.precision
         ends = self.batch.kept if self.ours else self.patches
-        picked = 2 * (stream + branch) * ends if self.ours else 0
-        embedded = (stream + branch) * self.patches + 2 * stream * ends
-        return self._pixels(self.patches) + self.encoder.width * (embedded + picked)
+        embedded = (stream + branch) * self.patches
+        if self.ours:  # the first norm has nothing to add, the last has
+            embedded -= (stream + branch) * self.patches
+            norm, picked = (3 * stream + branch) * ends, 2 * (stream + branch) * ends
+        else:
+            norm, picked = 2 * stream * ends, 0
+        return self._pixels(self.patches) + self.encoder.width * (embedded + norm + picked)
 
     def _context_ends(self) -> float:
         """The same both ways. Ours gathers pixels and then embeds; the others embed, and then gather.
@@ -141,7 +147,8 @@ class Step:
         norm = (5 * stream + 2 * self.cast) * tokens.context
         if self.ours:
             gathered = 2 * WIDE * values * tokens.context
-            embedded = (4 * stream + 2 * branch + self.cast) * tokens.context
+            embedded = (5 * stream + self.cast) * tokens.context
+            norm = (6 * stream + 2 * branch + 2 * self.cast) * tokens.context
             return self._pixels(tokens.context) + gathered + self.encoder.width * (embedded + norm)
         embedded = (2 * stream + 3 * branch + self.cast) * self.patches  # zeros for the gather's gradient among it
         features = 2 * WIDE * self.patches + (self._index(2) + 4 * WIDE) * tokens.target
@@ -158,13 +165,14 @@ class Step:
         ends = tokens.predicted if self.ours else tokens.pairs
         embedded = (branch + 2 * self.cast) * tokens.context
         if self.ours:
-            assembled = 2 * stream * (tokens.pairs + tokens.context)
+            assembled = 2 * stream * (tokens.pairs + tokens.context) + (stream - 2 * branch) * tokens.pairs
             picked = (3 * stream + 3 * branch) * tokens.predicted + (stream + branch) * tokens.pairs
+            norm = 4 * (stream + branch) * ends
         else:
             positions = (self._index(3) + 7 * stream) * (tokens.context + tokens.target)
             assembled = positions + stream * (3 * tokens.context + 4 * tokens.pairs + 3 * tokens.predicted)
             picked = 4 * branch * tokens.predicted
-        norm = (5 * stream + 2 * self.cast) * ends
+            norm = (5 * stream + 2 * self.cast) * ends
         out = 2 * branch * tokens.predicted * self.encoder.width
         return self.predictor.width * (embedded + assembled + picked + norm) + out
 
@@ -172,13 +180,16 @@ class Step:
         """Smooth L1 and its gradient; ours takes and normalises the features on the way."""
         tokens, (stream, branch) = self.batch.tokens, self.precision
         if self.ours:
-            return tokens.predicted * (self.encoder.width * (stream + 4 * branch) + INDEX)
+            taken = stream * self.encoder.width * self.batch.kept
+            return taken + tokens.predicted * (4 * branch * self.encoder.width + INDEX)
         return tokens.predicted * self.encoder.width * (5 * WIDE + 2 * self.cast)
 
     def _optimizer(self) -> float:
         """AdamW of all that is trained, and the moving average of the target encoder, in fp32."""
+        copy = self.precision.branch if self.precision.mixed else 0
         adamw, average = {
-            "fastjepa": (28, 8),  # one pass: p, m, v read and written, g read; the target read and written
+            # One pass: p, m, v read and written, g read, the target read and written, and copies of p and target.
+            "fastjepa": (28 + copy, 8 + copy),
             "compiled": (28, 12),  # the average apart: the parameter read once more
             # Pass by pass: decay 8, first moment 12, second 8 + 16, root 8, correction 8, eps 8, update 16; under a
             # scaler the gradients unscaled 8. The average 8 + 8 + 12, and the encoder's gradient norms 4.

@@ -104,32 +104,28 @@ class Layer:
 _CAST = Operation("cast", Values(stream=1, branch=1), Values(stream=1, branch=1), mixed=True)
 
 # As `fastjepa.nn` runs with its kernels: what those move is what their `*_cost` say, which a test holds.
+# A layer's first norm adds the branch of the layer before.
+_ADD_NORM = (
+    Operation(
+        "add, layer_norm",
+        Values(stream=2, branch=2, ones=2),
+        Values(stream=3, branch=1, ones=2),
+        Values(stream=1, ones=2),
+    ),
+    Operation("its gradient, written for the branch too", Values(), Values(branch=1), mixed=True),
+)
 _FASTJEPA = Layer(
     attention=(
-        Operation(
-            "layer_norm",
-            Values(stream=1, branch=1, ones=2),
-            Values(stream=2, branch=1, ones=2),
-            Values(stream=1, ones=2),
-        ),
+        *_ADD_NORM,
         Operation("qkv", Values(), Values(branch=3), Values(branch=1)),  # backward: the bias's gradient, as below
         Operation("attention", Values(branch=4, heads=1), Values(branch=8, heads=1), Values(branch=4, heads=1)),
-        Operation("two gradients of the stream added", Values(), Values(stream=3)),
     ),
     tail=(
         Operation("proj", Values(), Values(branch=1)),
-        Operation(
-            "add, layer_norm",
-            Values(stream=2, branch=2, ones=2),
-            Values(stream=3, branch=1, ones=2),
-            Values(stream=1, ones=2),
-        ),
-        Operation("its gradient, written for the branch too", Values(), Values(branch=1), mixed=True),
+        *_ADD_NORM,
         Operation("fc1", Values(), Values(), Values(branch=1)),
         Operation("bias_gelu", Values(hidden=2), Values(hidden=3), Values(hidden=1)),
         Operation("fc2", Values(), Values(branch=1), Values(hidden=1)),
-        Operation("add", Values(stream=2, branch=1), Values()),
-        _CAST._replace(forward=Values()),
     ),
 )
 

@@ -15,8 +15,9 @@ class Memory:
     """Bytes.
 
     Attributes:
-        state: what stays between steps: parameters, target, moments. gradients: of all parameters.
-        copies: parameters cast to the branches' precision, kept for the backward pass. activations: kept for it too.
+        state: what stays between steps: parameters, target, moments, and the copies that our optimizer keeps of the
+            first two in the branches' precision. gradients: of all parameters.
+        copies: others' parameters cast to that precision, kept for the backward pass. activations: kept for it too.
         workspace: of the operation that needs most beside them. update: what the optimizer makes beside its state.
     """
 
@@ -49,11 +50,12 @@ class Memory:
 def memory(step: Step) -> Memory:
     """Of a step, without what the allocator loses and CUDA itself takes."""
     models, precision = step.models, step.precision
-    count = models.parameters
+    count, copied = models.parameters, precision.branch if precision.mixed else 0
+    held = models.parameters + models.encoder_parameters
     return Memory(
-        state=WIDE * (3 * count + models.encoder_parameters),
+        state=WIDE * (2 * count + held) + (copied * held if step.ours else 0),
         gradients=WIDE * count,
-        copies=precision.branch * count if precision.mixed else 0,
+        copies=0 if step.ours else copied * count,
         activations=activations(step),
         workspace=workspace(step),
         update=WIDE * count if step.implementation == "eager" else 0,  # the root of the second moments

@@ -20,41 +20,50 @@ from fastjepa.data import Augment, Batch, TrainingBatches, choose_engine, find_i
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.masks import MaskCollator
-from fastjepa.nn import set_attention_backend
+from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set_narrow_stream
 from fastjepa.objective import IJEPA
 from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
-from fastjepa.training.log import RunLog
+from fastjepa.training.log import NoLog, RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
 from fastjepa.training.profile import profiled
+from fastjepa.training.ranks import ALONE, Ranks
 from fastjepa.training.resume import Checkpoints, restore, run_state
+from fastjepa.training.stop import StopSignals
 from fastjepa.training.watch import CollapseWatch
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to: steps done in all, last loss, newest checkpoint, the model, and the rows it logged."""
+    """What a run came to: steps done in all, last loss, newest checkpoint, the model, and the rows it logged.
+
+    `stopped`: the signal that ended it before its time, or None.
+    """
 
     steps: int
     loss: float
     checkpoint: Path
     model: IJEPA
     rows: list[dict[str, float]]
+    stopped: str | None = None
 
 
 class Trainer:
-    """A run between two steps: models, optimizer, schedules and the number of steps done."""
+    """A run between two steps: models, optimizer, schedules and the number of steps done, in one of its processes."""
 
-    def __init__(self, config: Config, steps_per_epoch: int):
-        self.config, self.steps_per_epoch = config, steps_per_epoch
-        self.device = pick_device(config.runtime.device)
+    def __init__(self, config: Config, steps_per_epoch: int, ranks: Ranks = ALONE):
+        self.config, self.steps_per_epoch, self.ranks = config, steps_per_epoch, ranks
+        self.device = ranks.device(pick_device(config.runtime.device))
         seed_everything(config.runtime.seed)
         self.model = build_models(config).to(self.device)
         try:
             set_attention_backend(self.model, config.runtime.attention)
         except ValueError as error:
             raise ValueError(f"runtime.attention: {error}") from None
-        self.optimizer = build_optimizer(self.model)
+        set_activation_checkpointing(self.model, config.runtime.activation_checkpointing)
+        set_narrow_stream(self.model, config.runtime.narrow_stream)
+        self.forward = ranks.wrap(self.model, config.runtime.compress_gradients, config.runtime.accumulate)
+        self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
         self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
@@ -65,28 +74,41 @@ class Trainer:
         return (images.float() / 255 - self._mean) / self._std
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One step on a batch that is on the device; (loss, target features), nothing read back.
+        """One step on this process's batch, which is on the CPU; (loss, target features), nothing read back.
 
-        The features are of whole images on the steps whose features are watched, else of the targets' tokens.
+        The loss is this process's part of the mean over every process's target tokens: they add up to it. The features
+        are of whole images on the steps whose features are watched, else of the targets' tokens.
         """
-        targets = None if self.step % self.config.logging.watch_every == 0 else batch.targets
+        watched = self.step % self.config.logging.watch_every == 0
         lr, weight_decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             if not group.get("WD_exclude"):
                 group["weight_decay"] = weight_decay
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
-            loss, features = self.model(self.normalise(batch.images), batch.masks_enc, batch.masks_pred, targets)
-        loss.backward()
+        losses, features = [], []
+        parts = batch.parts(self.config.runtime.accumulate)
+        mine = self.ranks.share(len(batch.targets.place), self.device)
+        for number, (part, share) in enumerate(parts):
+            part = part.to(self.device)
+            targets = None if watched else part.targets
+            with self.ranks.sends(self.forward, number == len(parts) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
+                    loss, seen = self.forward(self.normalise(part.images), part.masks_enc, part.masks_pred, targets)
+                loss = loss * (share * mine)
+                (loss * self.ranks.world).backward()  # gradients are averaged over the processes
+            losses.append(loss.detach())
+            features.append(seen)
         self.optimizer.momentum = self.schedules.momentum(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.detach(), features
+        return (torch.stack(losses).sum(), torch.cat(features)) if len(losses) > 1 else (losses[0], features[0])
 
     def state(self, loss: float) -> dict:
         """What a checkpoint of this moment holds."""
-        return run_state(self.config, self.model, self.optimizer, self.step, self.steps_per_epoch, loss)
+        return run_state(
+            self.config, self.model, self.optimizer, self.step, self.steps_per_epoch, loss, self.ranks.world
+        )
 
 
 @dataclass
@@ -94,6 +116,8 @@ class Meter:
     """The rows of the steps since the device was last asked, their losses still on the device."""
 
     trainer: Trainer
+    signals: StopSignals = field(default_factory=StopSignals)
+    stopped: str | None = None  # what the processes have agreed to stop for
     watch: CollapseWatch = field(default_factory=CollapseWatch)
     rows: list[dict[str, float]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -119,9 +143,21 @@ class Meter:
         if step % self.trainer.config.logging.watch_every == 0:
             self.look = self.watch.look(features)
 
-    def read(self, batch_size: int) -> tuple[list[dict[str, float]], str | None]:
-        """Read the losses back, once for all steps since the last time: (their rows, a warning or None)."""
-        losses = torch.stack(self.losses).tolist()
+    def must_stop(self) -> bool:
+        """Whether a single process was asked to; several have to agree first."""
+        return self.signals.asked is not None and self.trainer.ranks.world == 1
+
+    def read(self) -> tuple[list[dict[str, float]], str | None]:
+        """Read the losses back, once for all steps since the last time: (their rows, a warning or None).
+
+        With them goes whether some process was asked to stop, so that all stop at the same step.
+        """
+        ranks = self.trainer.ranks
+        asked = torch.full((1,), float(self.signals.asked is not None), device=self.trainer.device)
+        *losses, asks = ranks.total(torch.cat([torch.stack(self.losses), asked])).tolist()
+        if asks:
+            self.stopped = self.signals.asked or "a signal to another process"
+        batch_size = self.trainer.config.data.batch_size * ranks.world
         now = time.perf_counter()
         seconds, self.began = (now - self.began) / len(losses), now
         rows, warning = self.rows, None
@@ -141,56 +177,72 @@ class Meter:
 def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> TrainResult:
     """Train as `config` says, from the start or from a checkpoint, to the end or to runtime.stop_after.
 
-    `on_step` is called with the trainer after each step. Ctrl-C saves a checkpoint and ends the run as if it was asked
-    to stop there.
+    In each of several processes (torchrun, srun) this takes the process's part. `on_step` is called with the trainer
+    after each step. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run as if it was asked to stop there:
+    a single process after the step, several after the next `logging.every`, when they agree.
 
     Raises:
         ValueError: a configuration, picture folder or checkpoint that will not do; says what would.
         OSError: the run's folder or its last checkpoint cannot be written.
         FloatingPointError: the loss is no longer finite; names the last checkpoint.
     """
-    batches, unreadable = prepare_data(config)
+    ranks = Ranks.from_environment()
+    with ranks.joined(ranks.device(pick_device(config.runtime.device))), StopSignals() as signals:
+        return _train(config, ranks, signals, on_step)
+
+
+def _train(
+    config: Config, ranks: Ranks, signals: StopSignals, on_step: Callable[[Trainer], None] | None
+) -> TrainResult:
+    batches, unreadable = prepare_data(config, ranks)
     checkpoints = Checkpoints(config)
-    trainer = Trainer(config, batches.steps_per_epoch)
+    trainer = Trainer(config, batches.steps_per_epoch, ranks)
     source = checkpoints.source()
     if source is not None:
         trainer.step = restore(source, config, trainer.model, trainer.optimizer, batches.steps_per_epoch)
     total = config.optimization.epochs * batches.steps_per_epoch
     end = min(total, config.runtime.stop_after or total)
-    write_parameters(config)
-    log, meter, rows = RunLog(config, trainer.step, total), Meter(trainer), []
+    if ranks.leads:
+        write_parameters(config)
+    log = RunLog(config, trainer.step, total) if ranks.leads else NoLog()
+    meter, rows = Meter(trainer, signals), []
     log.say(opening(config, trainer, batches, source, end))
     saved = trainer.step if source is not None else -1
     every, save_every = config.logging.every, config.runtime.save_every
     workers, pin = config.data.num_workers, config.data.pin_mem and trainer.device.type == "cuda"
     try:
-        with closing(profiled(batches.loader(trainer.step, end, workers, pin), trainer, end, log.say)) as stream:
+        loader = batches.loader(trainer.step, end, workers, pin, log.say)
+        with closing(profiled(loader, trainer, end, log.say)) as stream:
             for batch in stream:
                 for line in unreadable.add(batch):
                     log.say(line)
-                loss, features = trainer.train_step(batch.to(trainer.device))
+                loss, features = trainer.train_step(batch)
                 meter.add(batch, loss, features)
-                epoch_ends = trainer.step % batches.steps_per_epoch == 0
-                saves = epoch_ends or trainer.step % save_every == 0 or trainer.step == end
-                if saves or trainer.step % every == 0:
-                    rows += report(log, meter, checkpoints, config.data.batch_size)
-                if saves:
-                    saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=trainer.step == end)
+                saves = trainer.step % batches.steps_per_epoch == 0 or trainer.step % save_every == 0
+                reports = saves or trainer.step == end or trainer.step % every == 0 or meter.must_stop()
+                if reports:
+                    rows += report(log, meter, checkpoints)
+                last = trainer.step == end or meter.stopped is not None
+                if saves or last or (reports and checkpoints.is_due()):
+                    saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=last)
                 if on_step is not None:
                     on_step(trainer)
-    except KeyboardInterrupt:
+                if meter.stopped:
+                    break
+    except KeyboardInterrupt:  # a second one, or one raised by `on_step`
         log.say(f"stopped at step {trainer.step}; saving")
         if trainer.step != saved:
             save(log, trainer, checkpoints, rows[-1]["loss"] if rows else float("nan"), must=True)
     finally:
         log.close()
-    return TrainResult(
-        trainer.step, rows[-1]["loss"] if rows else float("nan"), checkpoints.latest, trainer.model, rows
-    )
+    if meter.stopped:
+        log.say(f"stopped by {meter.stopped} at step {trainer.step}; runtime.resume=true goes on from there")
+    loss = rows[-1]["loss"] if rows else float("nan")
+    return TrainResult(trainer.step, loss, checkpoints.latest, trainer.model, rows, meter.stopped)
 
 
-def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
-    """The batches of a run and the count of its unreadable pictures."""
+def prepare_data(config: Config, ranks: Ranks = ALONE) -> tuple[TrainingBatches, Unreadable]:
+    """The batches of a run for this process, and the count of its unreadable pictures."""
     mask, data = config.mask, config.data
     try:
         collator = MaskCollator(
@@ -207,15 +259,15 @@ def prepare_data(config: Config) -> tuple[TrainingBatches, Unreadable]:
         )
     except ValueError as error:
         raise ValueError(f"section mask: {error}") from None
-    augment = Augment.from_config(data, choose_engine(data.engine, pick_device(config.runtime.device)))
+    augment = Augment.from_config(data, choose_engine(data.engine, ranks.device(pick_device(config.runtime.device))))
     folder = find_images(data.root_path, data.image_folder)
-    batches = TrainingBatches(folder, augment, collator, data.batch_size, config.runtime.seed)
+    batches = TrainingBatches(folder, augment, collator, data.batch_size, config.runtime.seed, ranks.rank, ranks.world)
     return batches, Unreadable(folder, data.max_corrupt)
 
 
-def report(log: RunLog, meter: Meter, checkpoints: Checkpoints, batch_size: int) -> list[dict[str, float]]:
+def report(log: RunLog | NoLog, meter: Meter, checkpoints: Checkpoints) -> list[dict[str, float]]:
     """Read the steps since the last report and log them; a loss that is not finite ends the run."""
-    rows, warning = meter.read(batch_size)
+    rows, warning = meter.read()
     log.rows(rows)
     if warning:
         log.say(f"warning: {warning}")
@@ -226,8 +278,11 @@ def report(log: RunLog, meter: Meter, checkpoints: Checkpoints, batch_size: int)
     return rows
 
 
-def save(log: RunLog, trainer: Trainer, checkpoints: Checkpoints, loss: float, must: bool) -> int:
-    """Write a checkpoint and return its step; a failure is said and, unless `must`, training goes on."""
+def save(log: RunLog | NoLog, trainer: Trainer, checkpoints: Checkpoints, loss: float, must: bool) -> int:
+    """Write a checkpoint, one process for all, and return its step; a failure is said and, unless `must`, training
+    goes on."""
+    if not trainer.ranks.leads:
+        return trainer.step
     epochs, rest = divmod(trainer.step, trainer.steps_per_epoch)
     try:
         checkpoints.save(trainer.state(loss), trainer.step, epochs if rest == 0 else None)
@@ -259,9 +314,11 @@ def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: 
     count = sum(p.numel() for p in trainer.model.encoder.parameters())
     masks = "ragged" if config.mask.ragged else "cut to the shortest"
     attention = attention_backend(trainer.device, config.runtime.attention)
+    ranks = trainer.ranks
+    devices = f"{trainer.device}" if ranks.world == 1 else f"{ranks.world} processes, the first on {trainer.device}"
     start = "from the start" if source is None else f"from {source} at step {trainer.step}"
     return (
-        f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {trainer.device}, "
+        f"{config.meta.model_name} ({count / 1e6:.1f} M parameters) on {devices}, "
         f"{len(batches.folder)} pictures in {batches.folder.root}, read by {batches.augment.engine.name}, "
         f"{batches.steps_per_epoch} steps an epoch, masks {masks}, attention {attention}; {start} to step {end}"
     )

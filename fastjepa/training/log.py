@@ -160,6 +160,19 @@ class RunLog:
             tracker.close()
 
 
+class NoLog:
+    """That of a process that does not speak for all."""
+
+    def say(self, message: str) -> None:
+        """Nothing is said."""
+
+    def rows(self, rows: list[dict[str, float]]) -> None:
+        """Nothing is logged."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def progress(row: dict[str, float]) -> dict[str, str]:
     """The numbers of a step that a person watches."""
     return {

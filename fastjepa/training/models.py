@@ -68,11 +68,15 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
     return decayed + plain
 
 
-def build_optimizer(model: IJEPA) -> AdamWEMA:
-    """AdamW over the official groups and the target's EMA in one pass; set `.momentum` before each step."""
+def build_optimizer(model: IJEPA, bf16: bool = False) -> AdamWEMA:
+    """AdamW over the official groups and the target's EMA in one pass; set `.momentum` before each step.
+
+    `bf16`: the model's linear layers are given bf16 copies of their weights, which the optimizer keeps.
+    """
     pairs = zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True)
     groups = parameter_groups(model.encoder, model.predictor)
-    optimizer = AdamWEMA(groups, target_params=dict(pairs))
+    copies = models.keep_copies(model) if bf16 else None
+    optimizer = AdamWEMA(groups, target_params=dict(pairs), low_precision=copies)
     if model.encoder.pos_embed.device.type == "cpu":
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-pass AdamW, where there is no kernel of ours

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ class Checkpoints:
         self.config = config
         self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
         self.latest = self.folder / f"{self.tag}-latest.pth.tar"
+        self.saved = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether runtime.save_minutes have passed since the last save; every process may ask, one saves."""
+        minutes = self.config.runtime.save_minutes
+        return minutes > 0 and time.monotonic() - self.saved >= 60 * minutes
 
     def source(self) -> Path | None:
         """The file that this run starts from: None for a fresh start.
@@ -39,6 +46,11 @@ class Checkpoints:
             ValueError: a run is already there that would be written over, or the one to resume is not there.
         """
         meta = self.config.meta
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0  # by torchrun, after a process died
+        if (self.config.runtime.resume or restarted) and self.latest.is_file():
+            return self.latest
+        if self.config.runtime.resume and not meta.load_checkpoint:
+            return None
         if not meta.load_checkpoint:
             if self.latest.exists():
                 raise ValueError(
@@ -58,6 +70,7 @@ class Checkpoints:
             OSError: it could not be written; every earlier checkpoint is as it was.
         """
         path = self.folder / f"{self.tag}-step{step:08d}.pth.tar"
+        self.saved = time.monotonic()
         write_checkpoint(state, path)
         _point(self.latest, path)
         if epoch and epoch % EPOCHS_KEPT == 0:
@@ -69,7 +82,13 @@ class Checkpoints:
 
 
 def run_state(
-    config: Config, model: IJEPA, optimizer: torch.optim.Optimizer, step: int, steps_per_epoch: int, loss: float
+    config: Config,
+    model: IJEPA,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    steps_per_epoch: int,
+    loss: float,
+    world: int = 1,
 ) -> dict[str, Any]:
     """Everything that the step after `step` steps depends on, with the entries that the official code reads."""
     return {
@@ -79,7 +98,7 @@ def run_state(
         "epoch": step // steps_per_epoch,
         "loss": loss,
         "batch_size": config.data.batch_size,
-        "world_size": 1,
+        "world_size": world,
         "lr": config.optimization.lr,
         "fastjepa": {
             "step": step,

@@ -76,14 +76,29 @@ def point(axis: str, value: int, row: str, **other: Any) -> dict[str, Any]:
     return {"axis": axis, "value": value, **step(row, images_per_second=10.0 * value), "parameters": 10**6} | other
 
 
+def swap(model: str) -> dict[str, Any]:
+    """A row of the swap suite."""
+    times = {"before_ms": 20.0, "after_ms": 10.0, "speedup": 2.0, "outputs": 1e-7, "gradients": 2e-7, "places": 9}
+    return {"codebase": "transformers", "model": model, "version": "5.0"} | times
+
+
 def every_suite() -> list[dict[str, Any]]:
     """A run of each."""
-    pillow = {"engine": "Pillow", "workers": 2, "images_per_second": 800.0, "images_per_second_per_core": 400.0}
+    ours = [point("batch", size, "fastjepa truncated") for size in (16, 8)]
+    pillow = {
+        "engine": "Pillow",
+        "workers": 2,
+        "images_per_second": 800.0,
+        "images_per_second_per_core": 400.0,
+        "error": 0.0,
+    }
+    decodes = {"engine": "decode only", "workers": 1, "images_per_second": 900.0, "images_per_second_per_core": 900.0}
     return [
         run("step", [step("eager"), step("fastjepa ragged", ms=50.0, eager_over_this=2.0)]),
         run("kernels", kernels()),
-        run("scaling", [point("batch", 8, "eager"), point("batch", 16, "eager"), point("batch", 8, "compiled")]),
+        run("scaling", [point("batch", 8, "eager"), point("batch", 16, "eager"), point("batch", 8, "compiled"), *ours]),
+        run("swap", [swap("IJepaModel"), {"codebase": "timm", "model": "VisionTransformer", "absent": "No module"}]),
         run("masks", [{"patches": "16x16", "batch": 128, "form": "ragged", "median_ms": 0.4, "min_ms": 0.3}]),
-        run("input", [pillow, {"engine": "DALI", "workers": 2, "absent": "needs CUDA"}]),
+        run("input", [pillow, decodes, {"engine": "DALI", "workers": 2, "absent": "needs CUDA"}]),
         run("host", [{"operation": "bias + GELU", "ours_us": 30.0, "torch_us": 20.0, "launches": 2}]),
     ]

@@ -98,7 +98,7 @@ def test_the_meta_device_sees_what_runs():
         assert isinstance(way, ways.Eager)
         for group in way.optimizer.param_groups:
             group["foreach"] = True
-        masks = [count._to(m, device) for m in work.masks(8, 0, ragged=False)]
+        masks = way.inputs(*work.masks(8, 0, ragged=False), 8)
         images = work.images(8)
         with found:
             for _ in range(2):
@@ -114,7 +114,8 @@ def test_the_meta_device_sees_what_runs():
 @pytest.mark.parametrize("name", ["eager", *OURS])
 def test_products_are_bf16(name: str):
     products = [e for events in count.count(SMALL, name).values() for e in events if e.kind in ("gemm", "attention")]
-    assert {e.what.removesuffix(" weights") for e in products if e.kind == "gemm"} == {"bf16 -> bf16"}
+    kinds = {e.what.removesuffix(" weights") for e in products if e.kind == "gemm"}
+    assert kinds == {"bf16 -> bf16"} if name == "eager" else {"bf16 -> bf16", "bf16 -> fp32"}  # gradients of weights
     assert all("bf16" in e.what for e in products)
 
 
@@ -138,9 +139,9 @@ def test_autocast_casts_as_torch_does():
 
     for name in ("eager", *OURS):
         way = build(replace(SMALL, bf16=False), name)
-        masks = [count._to(m, META) for m in SMALL.masks(8, 0, name == "fastjepa ragged")]
-        with kernel_path(Counter(count._lengths(SMALL, SMALL.masks(8, 0, name == "fastjepa ragged")))), Seen():
-            way.objective(SMALL.images(8), *masks)
+        masks = SMALL.masks(8, 0, name == "fastjepa ragged")
+        with kernel_path(Counter(count._lengths(SMALL, masks))), Seen():
+            way.objective(SMALL.images(8), *way.inputs(*masks, 8))
     assert {name for name in Seen.names if casts(name)} == Seen.names & (counter.NARROW | counter.WIDE)
     assert {"linear", "layer_norm", "softmax", "smooth_l1_loss"} <= Seen.names
     assert all(map(casts, counter.NARROW | counter.WIDE))
@@ -216,12 +217,12 @@ def test_launches_move_what_their_kernels_declare(name: str):
 
 # What one more layer of ours costs at most: launches, allocations, and bytes of the rest. Lower them with every gain.
 HELD = {
-    ("fastjepa truncated", "target"): (19, 24, 16840320),
-    ("fastjepa truncated", "context"): (49, 58, 14290304),
-    ("fastjepa truncated", "predictor"): (49, 58, 31151936),
-    ("fastjepa ragged", "target"): (19, 24, 16840320),
-    ("fastjepa ragged", "context"): (49, 58, 20646112),
-    ("fastjepa ragged", "predictor"): (49, 58, 43719616),
+    ("fastjepa truncated", "target"): (8, 15, 8871936),
+    ("fastjepa truncated", "context"): (26, 39, 5857280),
+    ("fastjepa truncated", "predictor"): (26, 39, 19971200),
+    ("fastjepa ragged", "target"): (8, 15, 8871936),
+    ("fastjepa ragged", "context"): (26, 39, 9993568),
+    ("fastjepa ragged", "predictor"): (26, 39, 28105984),
 }
 
 
@@ -348,7 +349,7 @@ def test_document(tmp_path: Path, rows: list[dict]):
     """The tables go between the markers, and the committed document holds the same columns."""
     path = tmp_path / "counts.md"
     path.write_text(f"before\n{count.MARKERS[0]}\nold\n{count.MARKERS[1]}\nafter\n")
-    count._put(count.markdown(rows), path)
+    count.put(count.markdown(rows), path, count.MARKERS)
     text = path.read_text()
     assert text.startswith(f"before\n{count.MARKERS[0]}\n| row |")
     assert text.endswith(f"{count.MARKERS[1]}\nafter\n")

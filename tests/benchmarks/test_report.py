@@ -118,11 +118,11 @@ def test_scaling_says_where_memory_ended():
 
 
 def test_not_measured_is_said():
-    text = markdown.report(of(run("masks", every_suite()[3]["rows"])))
+    text = markdown.report(of(run("masks", every_suite()[4]["rows"])))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert (
-        "| NVIDIA H200 | not measured | not measured | not measured | 2026-01-02 | not measured | not measured |"
-        in lines
+        "| NVIDIA H200 | not measured | not measured | not measured | not measured | 2026-01-02 | not measured | "
+        "not measured |" in lines
     )
     assert sum(line.count("not measured") for line in lines if line.startswith("| a100-80g")) == len(devices.SUITES)
 
@@ -173,11 +173,11 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, capsys, option: str):
 
 
 def test_an_unknown_suite_is_skipped_and_named(tmp_path: Path, capsys):
-    path = saved(tmp_path, run("masks", every_suite()[3]["rows"]), run("later", [{"x": 1}]))
+    path = saved(tmp_path, run("masks", every_suite()[4]["rows"]), run("later", [{"x": 1}]))
     assert command.main(["report", str(path)]) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        f"skipped, no suite of step, kernels, scaling, masks, input, host: 'later' in {path}"
+        f"skipped, no suite of step, kernels, scaling, swap, masks, input, host: 'later' in {path}"
     ]
     assert "16x16" in said.out
     assert "later" not in said.out

@@ -115,7 +115,7 @@ def test_what_was_not_measured_is_said():
     for chip in ("a100-80g", "h200", "4090"):
         assert f"<td>{chip}</td><td>not measured</td>" in text
     text = html_of(run("masks", []))
-    assert "Suites not measured on NVIDIA H200: step, kernels, scaling, input, host." in text
+    assert "Suites not measured on NVIDIA H200: step, kernels, scaling, swap, input, host." in text
 
 
 def test_predictions_are_open_and_called_so(whole: str):

@@ -35,6 +35,7 @@ def test_one_device():
     assert "| EMA | 1.50x torch foreach |" in text
     assert "masks of 128 images at 16x16 patches 0.400 ms" in text
     assert "pictures by Pillow 400 images/s a core" in text
+    assert "batch 8 to 16: 80.0 to 160 images/s, truncated" in text
     assert "h200" not in text.splitlines()[-1]
     assert "a100-80g" in text.splitlines()[-1]
 
@@ -47,7 +48,7 @@ def test_many_devices():
     assert text.count("| step |") == 2
     assert "| step | batch |" in text  # of two commands on one device
     assert "`python -m benchmarks step`, `python -m benchmarks step --batch-size 64` on NVIDIA H200" in text
-    assert "Not measured on NVIDIA L40S: kernels, scaling, masks, input, host." in text
+    assert "Not measured on NVIDIA L40S: kernels, scaling, swap, masks, input, host." in text
 
 
 def test_the_region_alone_is_replaced(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -117,6 +121,36 @@ def test_fewer_pictures_than_a_batch(pictures):
         make(pictures, batch_size=64)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_parts_are_the_batch(pictures, ragged):
+    batch = make(pictures, ragged)[0]
+    parts = batch.parts(2)
+    assert sum(share for _, share in parts) == pytest.approx(1.0)
+    assert torch.equal(torch.cat([part.images for part, _ in parts]), batch.images)
+    assert torch.equal(torch.cat([part.samples for part, _ in parts]), batch.samples)
+    for name in ("masks_enc", "masks_pred"):
+        whole, halves = getattr(batch, name), [getattr(part, name) for part, _ in parts]
+        if ragged:
+            assert [t.tolist() for t in whole.unbind()] == [t.tolist() for half in halves for t in half.unbind()]
+            assert {half.per_image for half in halves} == {whole.per_image}
+        else:
+            assert all(torch.equal(torch.cat(pair), m) for m, *pair in zip(whole, *halves, strict=True))
+    for part, _ in parts:
+        assert len(part.targets.place) == sum(m.numel() for m in lists(part.masks_pred))
+        assert int(part.targets.kept.max()) < 2 * 64
+    assert batch.parts(1) == [(batch, 1.0)]
+
+
+def lists(masks):
+    return [masks.values] if isinstance(masks, Ragged) else masks
+
+
+@pytest.mark.parametrize("count", [0, 3, 8])
+def test_parts_must_be_equal(pictures, count):
+    with pytest.raises(ValueError, match=f"a batch of 4 images cannot be taken in {count} equal parts"):
+        make(pictures)[0].parts(count)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_and_workers_see_each_picture_once_after_an_interruption(pictures, world):
     """Two epochs on `world` processes of two workers each, stopped in the middle of each and taken up again."""
@@ -199,3 +233,38 @@ def test_what_late_engines_cannot_do(pictures, tmp_path):
     bad.write_bytes(bad.read_bytes()[:60])  # its header is whole
     with pytest.raises(ValueError, match=r"002\.png .*; data\.engine=late replaces no such picture"):
         make(tmp_path, engine=Late())[0]
+
+
+def kill_a_worker(*_: object) -> None:
+    """SIGKILL to one of the workers of this process."""
+    workers = [child for child in multiprocessing.active_children() if child.pid]
+    os.kill(int(workers[0].pid or 0), signal.SIGKILL)
+
+
+def test_a_lost_worker_is_replaced_once(pictures):
+    batches, said = make(pictures), []
+    wanted = [batch.samples.tolist() for batch in batches.loader(0, 12, 0, False)]
+    found = []
+    for step, batch in enumerate(batches.loader(0, 12, 2, False, said.append)):
+        found.append(batch.samples.tolist())
+        if step == 3:
+            kill_a_worker()
+    assert found == wanted
+    assert len(said) == 1
+    assert "a data worker was lost at step" in said[0]
+
+
+def test_a_worker_that_is_lost_twice_ends_the_run(pictures):
+    batches, said = make(pictures), []
+    with pytest.raises(OSError, match="data workers were lost twice, now at step .*num_workers=0"):  # noqa: PT012
+        for batch in batches.loader(0, 40, 2, False, said.append):
+            kill_a_worker(batch)
+    assert len(said) == 1
+
+
+def test_a_worker_that_hangs_is_lost(pictures, monkeypatch):
+    monkeypatch.setattr(TrainingBatches, "_make", lambda self, *_: time.sleep(1000))
+    said = []
+    with pytest.raises(OSError, match="lost twice"):
+        next(make(pictures).loader(0, 4, 1, False, said.append, patience=1.0))
+    assert "timed out" in said[0]

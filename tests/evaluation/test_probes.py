@@ -10,6 +10,7 @@ import torch
 
 from fastjepa import vit_tiny
 from fastjepa.evaluation import LabelledImages, evaluate, knn_probe, linear_probe, low_shot_probe
+from fastjepa.evaluation.probes import draw_few
 
 datasets = pytest.importorskip("sklearn.datasets")
 from sklearn.linear_model import LogisticRegression  # noqa: E402
@@ -71,11 +72,23 @@ def test_sets_that_do_not_fit(digits, probe, change):
         probe(*(change.get(place, value) for place, value in enumerate(digits)))
 
 
-def test_without_scikit_learn_it_says_what_to_install(digits, monkeypatch):
+def test_scikit_learn_is_not_needed(digits, monkeypatch):
+    expected = linear_probe(*digits), knn_probe(*digits), low_shot_probe(*digits)
     for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"pip install 'fastjepa\[demo\]'"):
-        linear_probe(*digits)
+    assert (linear_probe(*digits), knn_probe(*digits), low_shot_probe(*digits)) == expected
+
+
+def test_low_shot_by_share_takes_at_least_one_of_each_class(digits):
+    labels = torch.tensor([0] * 100 + [1] * 3)
+    assert labels[draw_few(labels, 0.05, 0)].tolist() == [0] * 5 + [1]
+    assert low_shot_probe(*digits, shots=0.01) == pytest.approx(low_shot_probe(*digits, shots=1))
+
+
+def test_classes_that_training_lacks_are_never_told(digits):
+    train, labels, test, truth = digits
+    few = labels < 5
+    assert knn_probe(train[few], labels[few] + 10, test, truth + 10) < 100 * (truth < 5).mean() + 1e-9
 
 
 def test_evaluate_gives_every_mark_and_leaves_the_random_state_alone():

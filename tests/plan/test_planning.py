@@ -93,8 +93,8 @@ def test_a_slow_network_shows():
 
 def test_twice_the_gpus_half_the_hours():
     one, two = (plan(replace(ORDER, gpus=gpus), "ragged") for gpus in (8, 16))
-    assert two["hours"] == pytest.approx(one["hours"] / 2, rel=0.01)
-    assert two["gpu_hours"] == pytest.approx(one["gpu_hours"], rel=0.01)
+    assert two["hours"] == pytest.approx(one["hours"] / 2, rel=0.02)
+    assert two["gpu_hours"] == pytest.approx(one["gpu_hours"], rel=0.02)
 
 
 def test_prices():

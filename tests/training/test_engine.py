@@ -57,6 +57,46 @@ def test_resume_is_exact(pictures, tmp_path, changes, stop):
     assert [int(r["step"]) for r in logged[1]] == list(range(10))
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("change", [{"accumulate": 2}, {"accumulate": 4}, {"activation_checkpointing": True}])
+def test_a_batch_in_parts_or_with_less_kept_is_the_same_run(pictures, tmp_path, ragged, change):
+    def run(name, **runtime):
+        settings = {"progress": False, "device": "cpu", "stop_after": 4, **runtime}
+        return train(tiny_config(pictures, tmp_path / name, mask={"ragged": ragged}, runtime=settings))
+
+    whole, parts = run("whole"), run("parts", **change)
+    assert [row["loss"] for row in parts.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-5)
+    states = whole.model.state_dict(), parts.model.state_dict()
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)
+
+
+def test_bf16_weights_are_not_cast_in_a_step(pictures, tmp_path, monkeypatch):
+    """The optimizer keeps copies of them; those that it does not are the patch embeddings'."""
+    config = tiny_config(pictures, tmp_path, meta={"use_bfloat16": True})
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    trainer.train_step(batches[0])
+    shapes = [p.shape for p in trainer.model.parameters() if p.dim() == 2]
+    cast = []
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                cast.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    forward = trainer.model.forward
+    monkeypatch.setattr(trainer.model, "forward", lambda *inputs: within(Casts(), forward, *inputs))
+    trainer.train_step(batches[1])
+    embed = trainer.model.encoder.patch_embed.proj.weight.flatten(1).shape
+    assert [shape for shape in cast if shape in {*shapes, embed}] == [embed, embed]
+
+
+def within(mode, function, *inputs):
+    with mode:
+        return function(*inputs)
+
+
 def test_rows_logged_past_the_checkpoint_are_dropped(pictures, tmp_path):
     settings = {"progress": False, "device": "cpu", "save_every": 4}
     train(tiny_config(pictures, tmp_path, runtime={**settings, "stop_after": 7}))
@@ -204,6 +244,24 @@ def test_a_step_reads_nothing_back(pictures, tmp_path, monkeypatch):
     meter.add(batch, loss, features)
     assert asked == []
     assert not loss.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_step_on_a_gpu_waits_for_nothing(pictures, tmp_path, ragged):
+    config = tiny_config(
+        pictures, tmp_path, mask={"ragged": ragged}, meta={"use_bfloat16": True}, runtime={"device": "cuda"}
+    )
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    for step in range(2):
+        trainer.train_step(batches[step].pin_memory())
+    batch = batches[2].pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_losses_that_wait_to_be_read_are_single_numbers(pictures, tmp_path):

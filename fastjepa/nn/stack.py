@@ -1,0 +1,88 @@
+"""What encoder and predictor share: blocks one after the other, and how they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastjepa import ops
+from fastjepa.nn.block import Block
+from fastjepa.nn.norm import add_norm
+from fastjepa.ops.rows import linear_dtype
+
+
+class Stack(nn.Module):
+    """A model whose tokens go through blocks and a norm.
+
+    Attributes:
+        token_multiple: see `set_token_multiple`. recompute: see `set_activation_checkpointing`. narrow_stream: see
+            `set_narrow_stream`.
+    """
+
+    token_multiple = 1
+    recompute = False
+    narrow_stream = False
+
+    def as_stream(self, x: Tensor, wide: torch.dtype) -> Tensor:
+        """x as the residual stream carries it: in the dtype `wide`, or in autocast's."""
+        return x.to(linear_dtype(x.device, wide) if self.narrow_stream else wide)
+
+    def run(
+        self,
+        blocks: Sequence[nn.Module] | nn.ModuleList,
+        norm: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        max_length: int,
+        keep: Tensor | None = None,
+        for_linear: bool = False,
+    ) -> Tensor:
+        """The blocks one after the other, then the norm: [T, D] -> [T, D], or [M, D] of the tokens `keep` of T.
+
+        Residual sums are left to the norm that follows them, also from one block to the next. A block that somebody
+        hooks or has replaced gives its own sum instead.
+        """
+        branch = None
+        recompute = self.recompute and torch.is_grad_enabled()
+        for depth, block in enumerate(blocks):
+            kept = keep if depth == len(blocks) - 1 else None
+            if isinstance(block, Block) and not (block._forward_hooks or block._forward_pre_hooks):
+                inputs = (x, offsets, max_length, kept, branch, True)
+            else:
+                inputs = (x if branch is None else x + branch, offsets, max_length, kept)
+            out = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            x, branch = out if len(inputs) == 6 else (out, None)
+        if keep is not None and not len(blocks):
+            x = ops.take_rows(x, keep)
+        return add_norm(norm, x, branch, for_linear)[0]
+
+
+def set_activation_checkpointing(model: nn.Module, on: bool = True) -> int:
+    """Have every encoder and predictor of one live model keep only the inputs of its blocks; gives their number.
+
+    What the backward pass needs of a block's inside is computed again there: a third more work in what is trained, and
+    the same numbers. The target encoder keeps nothing either way.
+
+    Source: Chen et al. 2016 (arXiv 1604.06174).
+    """
+    return _set(model, "recompute", on)
+
+
+def set_narrow_stream(model: nn.Module, on: bool = True) -> int:
+    """Have every encoder and predictor of one live model carry its residual stream in autocast's dtype.
+
+    Under autocast the stream is fp32 unless this is set, as in the published code. In bf16 the passes beside the matrix
+    products move a third less, and every residual sum is rounded to 8 bits of mantissa. Without autocast nothing
+    changes. Gives the number of models.
+    """
+    return _set(model, "narrow_stream", on)
+
+
+def _set(model: nn.Module, name: str, value: bool) -> int:
+    found = [module for module in model.modules() if isinstance(module, Stack)]
+    for module in found:
+        setattr(module, name, value)
+    return len(found)

@@ -1,0 +1,159 @@
+"""The processes that train together: who this one is, and what they say to one another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of `world` processes: its number among all, and among those of its node."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    address: str = ""
+    port: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """As torchrun or SLURM's srun have set it; a single process where neither has.
+
+        Raises:
+            ValueError: some of the variables are set and others are not, or one is no number; names it. Nothing falls
+                back to a single process in silence.
+
+        >>> Ranks.from_environment({}).world
+        1
+        """
+        if any(name in environment for name in TORCHRUN[:3]):
+            _require(environment, TORCHRUN, "torchrun sets all of them")
+            rank, world, local = (_number(environment, name) for name in TORCHRUN[:3])
+            return cls(rank, world, local, environment["MASTER_ADDR"], _number(environment, "MASTER_PORT"))
+        if int(environment.get("SLURM_NTASKS") or 1) == 1:
+            return cls()
+        _require(environment, SLURM, "start with srun, which sets them for each task")
+        if "SLURM_STEP_NODELIST" not in environment and "MASTER_ADDR" not in environment:
+            raise ValueError(
+                f"SLURM_NTASKS is {environment['SLURM_NTASKS']}, but SLURM_STEP_NODELIST is not set: start each task "
+                "with srun, or one process with `env -u SLURM_NTASKS`"
+            )
+        rank, world, local = (_number(environment, name) for name in SLURM)
+        address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+        port = environment.get("MASTER_PORT") or str(20000 + int(environment.get("SLURM_JOB_ID") or 0) % 20000)
+        return cls(rank, world, local, address, _number({"MASTER_PORT": port}, "MASTER_PORT"))
+
+    def wrap(self, model: nn.Module, compress: bool = False, parts: int = 1) -> nn.Module:
+        """The model as it is called: one whose gradients are averaged over the processes as backward makes them.
+
+        `compress`: they are sent as bf16. `parts`: of a batch, whose gradients are sent together.
+        """
+        if self.world == 1:
+            return model
+        wrapped = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=parts == 1
+        )
+        if compress:
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
+
+    def sends(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a part of a batch: gradients are sent with the last one."""
+        return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+    def share(self, tokens: int, device: torch.device) -> Tensor | float:
+        """What part of all processes' target tokens these `tokens` are; known on the device alone."""
+        if self.world == 1:
+            return 1.0
+        mine = torch.full((), float(tokens), device=device)
+        return mine / self.total(mine.clone())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes for all."""
+        return self.rank == 0
+
+    def device(self, name: torch.device) -> torch.device:
+        """This process's own of a kind of devices.
+
+        Raises:
+            ValueError: fewer of them than processes on this node.
+        """
+        if name.type != "cuda" or self.world == 1:
+            return name
+        if self.local >= torch.cuda.device_count():
+            raise ValueError(
+                f"this node has {torch.cuda.device_count()} GPUs and a process for number {self.local}; start one "
+                "process a GPU (torchrun --nproc-per-node)"
+            )
+        return torch.device("cuda", self.local)
+
+    @contextmanager
+    def joined(self, device: torch.device) -> Iterator[None]:
+        """Within, the processes can talk to one another; nothing to do for a single one."""
+        if self.world == 1:
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        already = dist.is_initialized()
+        if not already:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method=f"tcp://{self.address}:{self.port}" if "RANK" not in os.environ else "env://",
+                rank=self.rank,
+                world_size=self.world,
+                device_id=device if device.type == "cuda" else None,
+            )
+        try:
+            yield
+        finally:
+            if not already:
+                dist.destroy_process_group()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+ALONE = Ranks()
+
+
+def first_host(nodes: str) -> str:
+    """The first name of SLURM's short form of a list of nodes.
+
+    >>> first_host("node[07-08,12],other3"), first_host("alone"), first_host("a1,a2")
+    ('node07', 'alone', 'a1')
+    """
+    found = re.match(r"([^,\[]+)(?:\[([^,\]-]+))?([^,]*)", nodes)
+    if not found:
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no node")
+    return found.group(1) + (found.group(2) or "")
+
+
+def _require(environment: Mapping[str, str], names: tuple[str, ...], hint: str) -> None:
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        there = [name for name in names if environment.get(name)]
+        raise ValueError(f"{', '.join(there)} set but not {', '.join(missing)}: {hint}")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    if not environment[name].isdigit():
+        raise ValueError(f"{name} must be a number, got {environment[name]!r}")
+    return int(environment[name])

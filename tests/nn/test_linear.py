@@ -1,0 +1,120 @@
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fastjepa.nn import Linear, keep_copies
+from fastjepa.optim import AdamWEMA
+
+CPU = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def pair(bias: bool = True) -> tuple[Linear, torch.nn.Linear, torch.Tensor]:
+    ours = Linear(6, 5, bias=bias)
+    stock = torch.nn.Linear(6, 5, bias=bias)
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock, torch.randn(7, 6)
+
+
+def step(layer, x):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast(**CPU):
+        y = layer(x)
+    y.float().square().sum().backward()
+    return y, x.grad, [p.grad for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6), (0, 6)])
+def test_copies_give_what_autocast_gives(bias: bool, shape):
+    ours, stock, _ = pair(bias)
+    assert len(keep_copies(ours)) == 1 + bias
+    x = torch.randn(shape)
+    found, wanted = step(ours, x), step(stock, x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0 if not bias else 1e-1)
+    assert found[0].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in found[2])
+
+
+def test_bias_gradients_are_summed_in_fp32():
+    ours, _, _ = pair()
+    keep_copies(ours)
+    x = torch.randn(3000, 6)
+    _, _, (_, db) = step(ours, x)
+    with torch.autocast(**CPU):
+        y = ours(x)
+    exact = (2 * y.double()).bfloat16().double().sum(0)
+    torch.testing.assert_close(db.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+def test_without_autocast_the_weights_are_taken():
+    ours, stock, x = pair()
+    keep_copies(ours)
+    torch.testing.assert_close(ours(x), stock(x), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(ours(x), stock(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "data"])
+def test_a_copy_that_is_behind_is_not_taken(change: str):
+    ours, stock, x = pair()
+    keep_copies(ours)
+    new = {name: torch.randn_like(value) for name, value in stock.state_dict().items()}
+    stock.load_state_dict(new)
+    with torch.no_grad():
+        if change == "in place":
+            for name, parameter in ours.named_parameters():
+                parameter.copy_(new[name])
+        elif change == "load_state_dict":
+            ours.load_state_dict(new)
+        else:
+            ours.weight, ours.bias = (torch.nn.Parameter(new[name]) for name in ("weight", "bias"))
+            for parameter in ours.parameters():
+                parameter.add_(0)
+    with torch.autocast(**CPU):
+        torch.testing.assert_close(ours(x), stock(x), rtol=0, atol=0)
+
+
+def test_the_optimizer_keeps_copies_current(monkeypatch):
+    ours, stock, x = pair()
+    copies = keep_copies(ours)
+    ours_opt = AdamWEMA(ours.parameters(), lr=0.1, low_precision=copies)
+    stock_opt = torch.optim.AdamW(stock.parameters(), lr=0.1)
+    casts = []
+    real = torch.Tensor.to
+    for _ in range(3):
+        found, wanted = step(ours, x), step(stock, x)
+        torch.testing.assert_close(found[0], wanted[0], rtol=0.05, atol=0.05)
+        ours_opt.step()
+        stock_opt.step()
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: (casts.append(t), real(t, *a, **k))[1])
+    with torch.autocast(**CPU):
+        ours(x)
+    assert all(t is x for t in casts)
+    for parameter, copy_ in copies.items():
+        torch.testing.assert_close(copy_, parameter.detach().bfloat16(), rtol=0, atol=0)
+
+
+def test_copies_stay_with_their_instance():
+    ours, _, x = pair()
+    keep_copies(ours)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other.copies is None
+        with torch.autocast(**CPU):
+            torch.testing.assert_close(other(x), ours(x), rtol=0, atol=0)
+    assert set(ours.state_dict()) == {"weight", "bias"}
+    assert ours.copies is not None
+
+
+def test_half_models_need_none():
+    assert keep_copies(Linear(2, 2).bfloat16()) == {}
+
+
+def test_graphs_take_the_weights():
+    ours, stock, x = pair()
+    keep_copies(ours)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with torch.autocast(**CPU):
+        torch.testing.assert_close(compiled(x), stock(x), rtol=0, atol=0)

@@ -1,0 +1,136 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastjepa
+from fastjepa import IJEPA, MaskCollator, vit_predictor
+from fastjepa.nn import set_activation_checkpointing, set_narrow_stream
+from fastjepa.nn.block import Block
+from fastjepa.ops import library
+
+
+def tiny(**more) -> IJEPA:
+    encoder = fastjepa.VisionTransformer([64], 8, embed_dim=24, depth=3, num_heads=2, **more)
+    return IJEPA(encoder, vit_predictor(num_patches=64, embed_dim=24, predictor_embed_dim=16, depth=2, num_heads=2))
+
+
+def batch(ragged: bool):
+    masks = MaskCollator((64, 64), 8, (0.85, 1.0), (0.15, 0.2), (0.75, 1.5), npred=2, ragged=ragged).sample(3, [0])
+    return torch.randn(3, 3, 64, 64), *masks
+
+
+def plain(stack, blocks, norm, x, offsets, max_length, keep=None, for_linear=False):
+    """What a stack stands for: every block gives its sum."""
+    for depth, block in enumerate(blocks):
+        x = block(x, offsets, max_length, keep if depth == len(blocks) - 1 else None)
+    return norm(x)
+
+
+def gradients(model: IJEPA, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("norm_layer", [fastjepa.nn.init.LAYER_NORM, nn.LayerNorm])
+def test_deferred_sums_are_the_sums(monkeypatch, ragged: bool, norm_layer):
+    model, inputs = tiny(norm_layer=norm_layer).double(), batch(ragged)
+    inputs = (inputs[0].double(), *inputs[1:])
+    loss = model.loss(*inputs)
+    found = gradients(model, loss)
+    monkeypatch.setattr(fastjepa.nn.stack.Stack, "run", plain)
+    wanted = model.loss(*inputs)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(found, gradients(model, wanted))
+
+
+def test_hooks_see_a_block_s_sum():
+    model, (images, *_) = tiny(), batch(False)
+    wanted = model.encoder(images)
+    seen = []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(model.encoder(images), wanted)
+    assert [list(output.shape) for output in seen] == [[3 * 64, 24]] * 3
+    torch.testing.assert_close(model.encoder.norm(seen[-1]).view(3, 64, 24), wanted)
+
+
+def test_blocks_may_be_replaced():
+    class Twice(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, offsets, max_length, keep=None):
+            return self.block(x, offsets, max_length, keep) * 1.0
+
+    model, (images, *_) = tiny(), batch(False)
+    wanted = model.encoder(images)
+    model.encoder.blocks[1] = Twice(model.encoder.blocks[1])
+    torch.testing.assert_close(model.encoder(images), wanted)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_activation_checkpointing_changes_no_number(ragged: bool):
+    model, inputs = tiny(drop_rate=0.1, drop_path_rate=0.1), batch(ragged)
+    other = copy.deepcopy(model)
+    assert set_activation_checkpointing(other) == 3
+    results = []
+    for each in (model, other):
+        torch.manual_seed(1)
+        loss = each.loss(*inputs)
+        results.append((loss.detach(), gradients(each, loss)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert set_activation_checkpointing(other, False) == 3
+
+
+def test_activation_checkpointing_keeps_less():
+    def kept(model: IJEPA) -> int:
+        held: dict[int, int] = {}
+
+        def pack(tensor):
+            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.loss(*inputs)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(size for place, size in held.items() if place not in weights)
+
+    model, inputs = tiny(), batch(True)
+    whole = kept(model)
+    set_activation_checkpointing(model)
+    assert kept(model) < whole / 3
+
+
+def test_a_narrow_stream_is_autocasts(monkeypatch):
+    model, inputs = tiny(), batch(True)
+    seen = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, *rest: (seen.append(x.dtype), forward(self, x, *rest))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = model.loss(*inputs)
+        assert set(seen) == {torch.float32}
+        set_narrow_stream(model)
+        seen.clear()
+        narrow = model.loss(*inputs)
+        assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(narrow, wide, rtol=0.02, atol=0)
+    seen.clear()
+    torch.testing.assert_close(model.loss(*inputs), wide, rtol=0.02, atol=0)
+    assert set(seen) == {torch.float32}
+    narrow.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.encoder.blocks.parameters())
+
+
+def test_one_norm_pass_for_each_sum(monkeypatch):
+    """With kernels, a residual sum is no operation of its own: LayerNorms take all of them."""
+    monkeypatch.setattr(library, "takes_kernels", lambda x: x.dtype == torch.float32)
+    model, (images, *_) = tiny(), batch(False)
+    added = []
+    real = torch.Tensor.__add__
+    monkeypatch.setattr(torch.Tensor, "__add__", lambda a, b: (added.append(a.shape), real(a, b))[1])
+    with torch.no_grad():
+        model.encoder(images)
+    assert added == [torch.Size([3, 64, 24])]  # positions

@@ -1,0 +1,193 @@
+"""Training in several processes: who a process is, and that they come to what one comes to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fastjepa import read_checkpoint
+from fastjepa.data.batches import dealt
+from fastjepa.training.ranks import Ranks, first_host
+from tests.helpers import make_pictures, tiny_config
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_STEP_NODELIST": "gpu[03-04]"}
+
+
+def test_torchrun():
+    assert Ranks.from_environment(TORCHRUN) == Ranks(3, 4, 1, "a", 29500)
+    assert not Ranks.from_environment(TORCHRUN).leads
+
+
+def test_slurm():
+    found = Ranks.from_environment(SLURM | {"SLURM_JOB_ID": "40007"})
+    assert found == Ranks(5, 16, 5, "gpu03", 20007)
+    assert Ranks.from_environment({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == Ranks()
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_a_variable_that_is_missing_is_named(name: str):
+    environment = {key: value for key, value in TORCHRUN.items() if key != name}
+    with pytest.raises(ValueError, match=f"set but not {name}: torchrun sets all of them"):
+        Ranks.from_environment(environment)
+
+
+def test_slurm_without_srun():
+    with pytest.raises(ValueError, match="start with srun"):
+        Ranks.from_environment({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST is not set: start each task with srun"):
+        Ranks.from_environment({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"})
+
+
+def test_what_is_no_number():
+    with pytest.raises(ValueError, match="RANK must be a number, got 'x'"):
+        Ranks.from_environment(TORCHRUN | {"RANK": "x"})
+
+
+@pytest.mark.parametrize("nodes, first", [("n1", "n1"), ("n[1,3-4]", "n1"), ("a-[07-12],b", "a-07"), ("x,y", "x")])
+def test_first_host(nodes: str, first: str):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_images_are_dealt_out_evenly(world: int):
+    tokens = np.random.default_rng(0).integers(20, 200, size=64)
+    shares = [dealt(tokens, rank, world) for rank in range(world)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(64))
+    assert {len(share) for share in shares} == {64 // world}
+    sums = [tokens[share].sum() for share in shares]
+    assert max(sums) - min(sums) <= 0.02 * np.mean(sums)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"), count=24)
+
+
+def launched(world: int, config, folder: Path, *overrides: str, restarts: int = 0) -> list[str]:
+    """The command that trains in `world` processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    launcher += [f"--max-restarts={restarts}"]
+    return [sys.executable, *(launcher if world > 1 else []), "-m", "fastjepa", "train", str(file), *overrides]
+
+
+def run(world: int, config, folder: Path, *overrides: str) -> dict:
+    """What a run in `world` processes has left in its newest checkpoint."""
+    done = subprocess.run(launched(world, config, folder, *overrides), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return read_checkpoint(Path(config.logging.folder) / "jepa-latest.pth.tar")
+
+
+def config_of(pictures, folder: Path, batch_size: int, **runtime):
+    return tiny_config(
+        pictures,
+        folder,
+        data={"batch_size": batch_size},
+        mask={"ragged": True},
+        optimization={"epochs": 4, "warmup": 1},
+        runtime={"stop_after": 10, **runtime},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory) -> dict:
+    """Ten steps of eight images in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return run(1, config_of(pictures, folder, 8), folder)
+
+
+def assert_same(found: dict, wanted: dict) -> None:
+    for name in ("encoder", "predictor", "target_encoder"):
+        for key, value in wanted[name].items():
+            torch.testing.assert_close(found[name][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert found["fastjepa"]["step"] == wanted["fastjepa"]["step"]
+
+
+@pytest.mark.parametrize("world, runtime", [(2, {}), (2, {"accumulate": 2}), (4, {})])
+def test_several_processes_come_to_what_one_comes_to(pictures, tmp_path, alone, world, runtime):
+    found = run(world, config_of(pictures, tmp_path, 8 // world, **runtime), tmp_path)
+    assert_same(found, alone)
+    assert found["world_size"] == world
+    assert (tmp_path / "jepa_r0.csv").read_text().count("\n") == 1 + 10
+
+
+def test_a_run_goes_on_with_another_number_of_processes(pictures, tmp_path, alone):
+    run(2, config_of(pictures, tmp_path, 4, stop_after=5), tmp_path)
+    assert_same(run(1, config_of(pictures, tmp_path, 8, resume=True), tmp_path), alone)
+
+
+def test_a_process_that_dies_is_started_again(pictures, tmp_path, alone):
+    """torchrun starts all anew, and they go on from the last checkpoint by themselves."""
+    config = config_of(pictures, tmp_path, 4, save_every=2)
+    launcher = launched(2, config, tmp_path, restarts=2)
+    run_script = tmp_path / "train.py"
+    run_script.write_text(
+        "import os, sys\n"
+        "from fastjepa.config import load_config\n"
+        "from fastjepa.training import train\n"
+        "def die(trainer):\n"
+        "    if trainer.step == 5 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os._exit(9)\n"
+        "train(load_config(sys.argv[1]), die)\n"
+    )
+    command = [*launcher[: launcher.index("-m", 2)], str(run_script), str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "at step 4 to step 10" in done.stderr
+    assert_same(read_checkpoint(tmp_path / "jepa-latest.pth.tar"), alone)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_the_run_can_go_on(pictures, tmp_path, world, name):
+    if world == 2 and name == "SIGUSR1":
+        pytest.skip("torchrun passes on SIGTERM alone; srun signals every task")
+    config = tiny_config(
+        pictures,
+        tmp_path,
+        data={"batch_size": 2},
+        mask={"ragged": True},
+        optimization={"epochs": 500, "warmup": 1},
+        logging={"every": 1},
+        runtime={"save_every": 10**6},
+    )
+    process = subprocess.Popen(launched(world, config, tmp_path), stderr=subprocess.PIPE, text=True)
+    rows = tmp_path / "jepa_r0.csv"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (rows.exists() and rows.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    began = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 30
+    assert "runtime.resume=true goes on from there" in said
+    if world == 1:
+        assert process.returncode == 75
+    step = read_checkpoint(tmp_path / "jepa-latest.pth.tar")["fastjepa"]["step"]
+    assert step >= 3
+    again = run(1, config, tmp_path, "runtime.resume=true", f"runtime.stop_after={step + 2}", "data.batch_size=2") \
+        if world == 1 else None  # fmt: skip
+    assert again is None or again["fastjepa"]["step"] == step + 2
+
+
+def test_a_missing_variable_is_one_line(pictures, tmp_path):
+    command = launched(1, config_of(pictures, tmp_path, 8), tmp_path)
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "fastjepa train: RANK, WORLD_SIZE set but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: torchrun sets all of them"
+    )
