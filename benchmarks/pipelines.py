@@ -93,7 +93,8 @@ class FastJEPA(Engine):
         return None
 
     def batches(self, workers: int) -> Iterator[Any]:
-        return self.ours.loader(0, ENDLESS, workers, pin=False)
+        batches = self.ours.loader(0, ENDLESS, workers, pin=False)
+        return itertools.chain([next(batches)], batches)  # the workers start with the first, here
 
     def samples(self) -> list[Sample]:
         found = []

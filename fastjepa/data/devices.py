@@ -134,6 +134,7 @@ def _usable(module: str, install: str) -> None:
     try:
         import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; {install}") from error
+        missing = error.name or module
+        raise ValueError(f"{module if module.startswith(missing) else missing} is not installed; {install}") from error
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or without its own libraries
         raise ValueError(f"{module} cannot be imported ({str(error).splitlines()[0]}); {install}") from error
