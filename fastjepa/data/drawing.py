@@ -18,12 +18,12 @@ REPLACEMENTS = 20  # other pictures tried in place of an unreadable one
 
 
 class Placed(NamedTuple):
-    """An encoded picture, its name, and the crop that is to be made of it."""
+    """An encoded picture and the place of a crop; where it is decoded late also its name, and whether to mirror it."""
 
     data: bytes
-    name: str
     box: Box
-    flip: bool
+    name: str = ""
+    flip: bool = False
 
 
 @dataclass
@@ -105,21 +105,23 @@ def _try(
         except UnreadableImage as error:
             results.append(error)
             continue
-        name = pictures.name(index)
         try:
             box = augment.box(data, stream)
         except UnreadableImage as error:
-            results.append(UnreadableImage(f"{name} ({error})"))
+            results.append(UnreadableImage(f"{pictures.name(index)} ({error})"))
             continue
-        results.append(Placed(data, name, box, augment.engine.late and augment.flips(stream)))
+        if augment.engine.late:
+            results.append(Placed(data, box, pictures.name(index), augment.flips(stream)))
+        else:
+            results.append(Placed(data, box))
     if augment.engine.late:
         return results
     where = [i for i, result in enumerate(results) if isinstance(result, Placed)]
     placed = [result for result in results if isinstance(result, Placed)]
     crops = augment.engine.crops([p.data for p in placed], [p.box for p in placed], augment.crop_size)
-    for i, picture, crop in zip(where, placed, crops, strict=True):
+    for i, crop in zip(where, crops, strict=True):
         if isinstance(crop, UnreadableImage):
-            results[i] = UnreadableImage(f"{picture.name} ({crop})")
+            results[i] = UnreadableImage(f"{pictures.name(wanted[i][0])} ({crop})")
         else:
             results[i] = crop._replace(pixels=augment.distort(crop.pixels, wanted[i][1]))
     return results
