@@ -18,7 +18,7 @@ from benchmarks.laps import PARTS, Laps, peak_bytes, spread, take_step
 from benchmarks.machine import clocks, here, joules
 from benchmarks.masks import SETTINGS
 from benchmarks.tables import columns
-from benchmarks.timing import matmul_rate
+from benchmarks.timing import Roofs, matmul_rate
 from benchmarks.ways import Compiled, Eager, Fast, FastRagged, Masks, Way, naive_models, official
 from fastjepa import IJEPA, MaskCollator, Ragged
 from fastjepa.chips import chip_of
@@ -305,6 +305,7 @@ def _time(work: Work, steps: int, timed: list[tuple[dict, Way]]) -> None:
     speeds: list[list[int]] = [[] for _ in ways]
     for number in range(steps + WARMUP):
         images = work.images(work.batch)
+        Roofs.of(work.device).look()  # a processor's speed drifts, and the steps are compared with its roofs
         for place, way in enumerate(ways):
             inputs = way.inputs(*batches[way.ragged][number], work.batch)
             if number == WARMUP:

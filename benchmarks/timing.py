@@ -87,24 +87,57 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], None
     return graph.replay
 
 
-@cache
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a pass over more than any cache holds: the best seen, being a roof.
 
     A processor's stores first read what they overwrite, which nobody counts, so there the pass is in place.
     """
-    count = (1 << 30) if device.type == "cuda" else (256 << 20)
-    source = torch.arange(count // 8, device=device)  # int64
-    target = torch.empty_like(source) if device.type == "cuda" else source
-    return 2 * count / _best(lambda: torch.add(source, 1, out=target), device)
+    return Roofs.of(device).copy
 
 
-@cache
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large matrix product, bf16 on a GPU and fp32 elsewhere: the best seen, being a roof."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in "ab")
-    return 2 * side**3 / _best(lambda: a @ b, device)
+    return Roofs.of(device).matmul
+
+
+class Roofs:
+    """What a device can do at best, asked once; or, where its speed drifts, as it was while something was timed.
+
+    Attributes:
+        copy: bytes a second. matmul: FLOP/s.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.moved = (1 << 30) if device.type == "cuda" else (256 << 20)
+        self.side = 8192 if device.type == "cuda" else 1024
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._a, self._b = (torch.randn(self.side, self.side, device=device, dtype=dtype) for _ in "ab")
+        self._source = torch.arange(self.moved // 8, device=device)  # int64
+        self._target = torch.empty_like(self._source) if device.type == "cuda" else self._source
+        self.copy = 2 * self.moved / _best(self._pass, device)
+        self.matmul = 2 * self.side**3 / _best(self._product, device)
+        self._seen: list[tuple[float, float]] = []
+
+    @staticmethod
+    @cache
+    def of(device: torch.device) -> Roofs:
+        """Those of a device, always the same object."""
+        return Roofs(device)
+
+    def look(self) -> None:
+        """One more look at a processor; from now on its roofs are the medians of all looks."""
+        if self.device.type == "cuda":
+            return
+        took = [measure(call, self.device, 1, 0, cold=False).median for call in (self._pass, self._product)]
+        self._seen.append((2 * self.moved / took[0], 2 * self.side**3 / took[1]))
+        self.copy, self.matmul = (statistics.median(values) for values in zip(*self._seen, strict=True))
+
+    def _pass(self) -> None:
+        torch.add(self._source, 1, out=self._target)
+
+    def _product(self) -> None:
+        self._a @ self._b
 
 
 def _best(call: Callable[[], Any], device: torch.device) -> float:
