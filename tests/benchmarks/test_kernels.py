@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -230,9 +231,27 @@ def test_timing_on_the_cpu(monkeypatch):
 def test_roofs_are_the_best_that_was_seen(monkeypatch):
     seconds = iter([0.5, 0.2, 0.4])
     clock = iter([0.0, 0.0, 0.5, 1.5])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing, "clock", lambda: next(clock))
     monkeypatch.setattr(timing, "measure", lambda *_, **__: timing.Timing(next(seconds), 0.0, 0.0))
     assert timing._best(lambda: None, CPU) == 0.2
+
+
+def test_roofs_of_a_processor_are_those_of_the_time_of_the_steps(monkeypatch):
+    monkeypatch.setattr(timing, "_best", lambda call, device: 1.0)
+    roofs = timing.Roofs(CPU)
+    assert (roofs.copy, roofs.matmul) == (2 * roofs.moved, 2 * roofs.side**3)
+    seconds = iter([1.0, 2.0, 4.0, 8.0, 2.0, 4.0])
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: timing.Timing(next(seconds), 0.0, 0.0))
+    for _ in range(3):
+        roofs.look()
+    assert (roofs.copy, roofs.matmul) == (roofs.moved, 2 * roofs.side**3 / 4)
+
+
+def test_a_clock_of_one_thread_is_this_process_s():
+    assert torch.get_num_threads() == 1
+    began = timing.clock()
+    time.sleep(0.3)
+    assert timing.clock() - began < 0.2
 
 
 @pytest.mark.gpu
