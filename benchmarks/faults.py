@@ -165,6 +165,8 @@ def _live(config: Config, strike: Strike | None) -> None:
         os._exit(2)
     except FloatingPointError:
         os._exit(1)
+    except BaseException:
+        os._exit(3)  # what nobody expects
     os._exit(RESUMABLE if result.stopped else 0)
 
 

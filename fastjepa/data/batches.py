@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,7 +196,9 @@ class TrainingBatches(Dataset):
         )
         # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
         copies = ring is not None and not pin
-        for batch in map(self._finish, loader):
+        with _quiet_children():
+            made = iter(loader)
+        for batch in map(self._finish, made):
             yield replace(batch, images=batch.images.clone()) if copies else batch
 
     def _make(self, step: int, out: Tensor | None = None) -> tuple[Batch, list[Placed]]:
@@ -226,6 +231,20 @@ class TrainingBatches(Dataset):
             name = self.augment.engine.name
             raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
         return replace(batch, images=images, fallback=fallback)
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Within, PyTorch may set its handler for workers that die, which is taken back afterwards.
+
+    It would raise wherever the training process happens to be, in the middle of a step too. Without it a lost worker is
+    noticed when the next batch is asked for.
+    """
+    own = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if own else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _is_lost(error: Exception) -> bool:
