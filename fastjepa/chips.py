@@ -70,3 +70,20 @@ def named(device_name: str) -> Chip | None:
     ('h200', None)
     """
     return next((c for c in CHIPS if any(part in device_name for part in c.devices)), None)
+
+
+def find_device(name: str, option: str = "device") -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. `option` names in an error what asked for it.
+
+    Raises:
+        ValueError: a device that this machine or torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} {name!r} cannot be used here ({reason}); auto picks one") from error
+    return device

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fastjepa.chips import find_device
 from fastjepa.evaluation.judge import ProbeSettings, judge
 from fastjepa.evaluation.labelled import LabelledPictures, labelled_pictures
 from fastjepa.pretrained import load_encoder
@@ -48,19 +47,6 @@ def evaluate_checkpoint(
     make = partial(LabelledPictures, size=high, batch_size=batch_size, workers=workers)
     ours, theirs, classes, line = labelled_pictures(data, test, make, settings.seed)
     say(line)
-    encoder = encoder.to(_device(device))
+    encoder = encoder.to(find_device(device))
     result = judge(encoder, ours, theirs, classes, settings, say)
     return {"checkpoint": str(checkpoint), "model": model, "data": str(Path(data)), **result}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); auto picks one"
-        ) from error
-    return device

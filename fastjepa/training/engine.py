@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastjepa.chips import chip_of
+from fastjepa.chips import chip_of, find_device
 from fastjepa.config import Config
 from fastjepa.data import Augment, Batch, TrainingBatches, choose_engine, find_images
 from fastjepa.data.batches import Unreadable
@@ -330,15 +330,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: a device that this machine or torch does not have.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"runtime.device: {name!r} cannot be used here ({reason}); auto picks one") from error
-    return device
+    return find_device(name, "runtime.device:")
 
 
 def seed_everything(seed: int) -> None:
