@@ -104,7 +104,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream`; on `attention` and
+    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream` and
+    `fp8_target`; on `attention` and
     `accumulate` in their last digits; on nothing else here."""
 
     device: str = "auto"
@@ -117,6 +118,7 @@ class RuntimeConfig:
     accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
     activation_checkpointing: bool = False  # compute a block's inside again in the backward pass, to save memory
     narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
+    fp8_target: bool = False  # the target encoder multiplies in 8 bits, on GPUs that can; its features are rounded more
     compress_gradients: bool = False  # sent between processes as bf16
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
     profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
@@ -300,6 +302,7 @@ def _check(config: Config, source: str) -> None:
         f"runtime.accumulate={runtime.accumulate} does not divide data.batch_size={data.batch_size}": (
             runtime.accumulate < 1 or data.batch_size % runtime.accumulate > 0
         ),
+        "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
         "runtime.seed must be at least 0": runtime.seed < 0,
     }
     for message, is_wrong in wrong.items():

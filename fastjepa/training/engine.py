@@ -20,7 +20,7 @@ from fastjepa.data import Augment, Batch, TrainingBatches, choose_engine, find_i
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.masks import MaskCollator
-from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set_narrow_stream
+from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set_fp8, set_narrow_stream
 from fastjepa.objective import IJEPA
 from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
@@ -62,6 +62,11 @@ class Trainer:
             raise ValueError(f"runtime.attention: {error}") from None
         set_activation_checkpointing(self.model, config.runtime.activation_checkpointing)
         set_narrow_stream(self.model, config.runtime.narrow_stream)
+        if config.runtime.fp8_target:
+            try:
+                set_fp8(self.model.target_encoder)
+            except ValueError as error:
+                raise ValueError(f"runtime.fp8_target: {error}") from None
         self.forward = ranks.wrap(self.model, config.runtime.compress_gradients, config.runtime.accumulate)
         self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
         self.schedules = Schedules(config.optimization, steps_per_epoch)

@@ -13,7 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -125,20 +127,20 @@ class Ranks:
             if not already:
                 dist.destroy_process_group()
 
-    def _store(self) -> dist.Store:
+    def _store(self) -> Store:
         """Where the processes leave their addresses for one another, with nothing in it from processes before.
 
         torchrun hands those that it starts anew the store of those that died, addresses and all. So the first of us
         names a new part of it, and each other one takes a name only once the first has answered to it.
         """
         url = "env://" if "RANK" in os.environ else f"tcp://{self.address}:{self.port}"
-        store, *_ = next(dist.rendezvous(url, self.rank, self.world))
+        store, *_ = next(rendezvous(url, self.rank, self.world))
         me = uuid.uuid4().hex
         if self.rank == 0:
             store.set("fastjepa", me)
             for rank in range(1, self.world):
                 store.set(f"{me}/{store.get(f'{me}/{rank}').decode()}", "heard")
-            return dist.PrefixStore(me, store)
+            return PrefixStore(me, store)
         for _ in range(PATIENCE):
             first = store.get("fastjepa").decode()
             store.set(f"{first}/{self.rank}", me)
@@ -146,7 +148,7 @@ class Ranks:
                 store.wait([f"{first}/{me}"], timedelta(seconds=1))
             except dist.DistStoreError:  # of a process that is no more
                 continue
-            return dist.PrefixStore(first, store)
+            return PrefixStore(first, store)
         raise TimeoutError(f"process 0 of {self.world} has not answered process {self.rank} for {PATIENCE} s")
 
     def total(self, values: Tensor) -> Tensor:
