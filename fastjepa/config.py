@@ -119,6 +119,7 @@ class RuntimeConfig:
     narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
     compress_gradients: bool = False  # sent between processes as bf16
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
+    max_skipped: int = 10  # steps in a row that may be skipped because loss or gradients are not finite
     profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
     progress: bool = True
 
@@ -300,6 +301,7 @@ def _check(config: Config, source: str) -> None:
         f"runtime.accumulate={runtime.accumulate} does not divide data.batch_size={data.batch_size}": (
             runtime.accumulate < 1 or data.batch_size % runtime.accumulate > 0
         ),
+        "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,
         "runtime.seed must be at least 0": runtime.seed < 0,
     }
     for message, is_wrong in wrong.items():
