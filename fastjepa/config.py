@@ -121,6 +121,7 @@ class RuntimeConfig:
     fp8_target: bool = False  # the target encoder multiplies in 8 bits, on GPUs that can; its features are rounded more
     compress_gradients: bool = False  # sent between processes as bf16
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
+    max_skipped: int = 10  # steps in a row that may be skipped because loss or gradients are not finite
     profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
     progress: bool = True
 
@@ -303,6 +304,7 @@ def _check(config: Config, source: str) -> None:
             runtime.accumulate < 1 or data.batch_size % runtime.accumulate > 0
         ),
         "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
+        "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,
         "runtime.seed must be at least 0": runtime.seed < 0,
     }
     for message, is_wrong in wrong.items():

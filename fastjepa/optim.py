@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,8 +27,9 @@ class AdamWEMA(torch.optim.AdamW):
     On CUDA one kernel launch does all of it for all parameter groups, one more where the gradient norm is wanted;
     elsewhere torch's own functions do. `state_dict` is that of `torch.optim.AdamW`: each loads the other's.
 
-    Targets and copies are moved at every step, also where a parameter has no gradient, takes none, or was skipped.
-    Gradients are left as they are: scaling and clipping happen on the way.
+    Targets and copies are moved at every step, also where a parameter has no gradient, takes none, or a gradient scaler
+    skips it; a step that `skip_nonfinite` skips moves nothing. Gradients are left as they are: scaling and clipping
+    happen on the way.
 
     Shapes:
         params, lr, betas, eps, weight_decay: as `torch.optim.AdamW`; further keys of a parameter group are kept.
@@ -37,7 +37,8 @@ class AdamWEMA(torch.optim.AdamW):
             or a mapping from parameters to targets.
         momentum: of the moving average, in 0..1; also an attribute, for schedules to set before each step.
         max_grad_norm: the norm of all gradients together is clipped to this, as `clip_grad_norm_` does.
-        skip_nonfinite: a step whose gradient norm is not finite changes no parameter, decided on the device.
+        skip_nonfinite: a step whose gradient norm is not finite changes nothing: no parameter, moment, step number,
+            target or copy. Decided on the device. The norm is summed in fp32, so beyond 1e19 it is not finite.
         low_precision: a mapping from parameters and targets to copies of them (say bf16), rewritten at each step.
 
     Attributes:
@@ -292,7 +293,8 @@ class AdamWEMA(torch.optim.AdamW):
             if self.max_grad_norm is not None:
                 clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 grads = [grad * clip for grad in grads]
-            skip = skip or (self.skip_nonfinite and not math.isfinite(norm))
+            if self.skip_nonfinite and not bool(norm.isfinite()):
+                return
         if not skip:
             self._adamw(dict(zip(with_grad, grads, strict=True)))
         pairs = [(self._targets[p], p) for p in params if p in self._targets]

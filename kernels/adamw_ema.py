@@ -73,6 +73,7 @@ def _update_blocks(
     start,
     blocks,
     is_active,
+    moves,
     scalars,
     weight,
     P_CODE: tl.constexpr,
@@ -92,9 +93,9 @@ def _update_blocks(
     param_copy_ptr = typed_pointer(param_copy, COPY_CODE) + start
     target_copy_ptr = typed_pointer(target_copy, COPY_CODE) + start
     active = everywhere(is_active, BLOCK)
-    has_target = everywhere(target != 0, BLOCK)
+    has_target = everywhere((target != 0) & moves, BLOCK)
     copies_param = everywhere(param_copy != 0, BLOCK)
-    copies_target = everywhere(target_copy != 0, BLOCK)
+    copies_target = everywhere((target_copy != 0) & moves, BLOCK)
     for block in range(blocks):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         p = tl.load(p_ptr + offsets)
@@ -141,6 +142,7 @@ def _adamw_ema_kernel(
     grad = tl.load(gradient_ptr)
     path = tl.load(gradient_ptr + 3)
     is_active = grad != 0
+    moves = tl.full((), 1, tl.int1)  # whether targets follow
 
     grad_scale = 1.0
     if grad_scale_ptr is not None:
@@ -152,7 +154,8 @@ def _adamw_ema_kernel(
         if chunk == 0:
             tl.store(norm_ptr, norm)
         if SKIP_NONFINITE:
-            is_active = is_active & (norm < float("inf"))
+            moves = norm < float("inf")
+            is_active = is_active & moves
         clip = tl.load(hyper_ptr + n_groups * _HYPER_ROW + 1).to(tl.float32) / (norm + 1e-6)
         grad_scale *= tl.where(clip > 1.0, 1.0, clip)  # a norm that is NaN stays one
 
@@ -186,6 +189,7 @@ def _adamw_ema_kernel(
                 start,
                 blocks,
                 is_active,
+                moves,
                 scalars,
                 weight,
                 PATHS[4 * i],
@@ -209,7 +213,8 @@ def _adamw_ema_kernel(
         offsets = start + lanes
         inside = lanes < count
         active = inside & everywhere(is_active, LANES)
-        has_target = inside & everywhere(target != 0, LANES)
+        has_target = inside & everywhere((target != 0) & moves, LANES)
+        copies_target = inside & everywhere((target_copy != 0) & moves, LANES)
         p = load_any(param, offsets, inside, p_code)
         g = load_any(grad, offsets, active, g_code)
         m = load_any(exp_avg, offsets, active, p_code)
@@ -223,7 +228,7 @@ def _adamw_ema_kernel(
         store_any(exp_avg_sq, offsets, new_v, active, p_code)
         store_any(target, offsets, new_t, has_target, t_code)
         store_any(param_copy, offsets, new_p, inside & everywhere(param_copy != 0, LANES), tl.load(tensor_ptr + 10))
-        store_any(target_copy, offsets, new_t, inside & everywhere(target_copy != 0, LANES), tl.load(tensor_ptr + 11))
+        store_any(target_copy, offsets, new_t, copies_target, tl.load(tensor_ptr + 11))
 
 
 class MultiTensorAdamWEMA:
@@ -300,9 +305,9 @@ class MultiTensorAdamWEMA:
         Shapes:
             grads: one for each parameter, or None. One that lies unlike its parameter is copied first.
             norm: clip to the largest norm, and leave the norm of the unscaled gradients in `grad_norm`.
-            skip_nonfinite: step nothing where that norm is not finite.
+            skip_nonfinite: change nothing where that norm is not finite, targets and copies included.
             grad_scale: one element, by which the gradients are divided.
-            found_inf: one element; where it is not 0, nothing is stepped.
+            found_inf: one element; where it is not 0, nothing is stepped, and targets and copies follow as ever.
 
         Raises:
             ValueError: a sparse gradient, one of another dtype than fp32, fp16, bf16, or one without optimizer state.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ Masks = list[Tensor] | Ragged
 LOST_WORKER = ("DataLoader worker (pid", "DataLoader timed out")  # how PyTorch's errors begin
 
 PREFETCH = 2  # batches that each worker is ahead
+GLANCE = 1.0  # seconds between looks at whether the workers live, while a batch is waited for
 
 
 @dataclass(frozen=True)
@@ -191,23 +193,28 @@ class TrainingBatches(Dataset):
             prefetch_factor=PREFETCH if workers else None,
             pin_memory=pin,
             collate_fn=_whole,
-            timeout=patience if workers else 0,
+            timeout=min(patience, GLANCE) if workers else 0,
             generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
         # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
         copies = ring is not None and not pin
         with _quiet_children():
             made = iter(loader)
-        for batch in map(self._finish, made):
+        for batch in map(self._finish, _patient(made, patience)):
             yield replace(batch, images=batch.images.clone()) if copies else batch
+
+    def pictures(self, step: int) -> np.ndarray:
+        """Number of each picture drawn for `step`, of all processes together: integers [B * world]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.batch_size * self.world
+        return self.order(epoch)[place * size : (place + 1) * size]
 
     def _make(self, step: int, out: Tensor | None = None) -> tuple[Batch, list[Placed]]:
         """What a worker does for a step, the images in `out`; pictures decoded late come encoded beside the batch."""
-        epoch, place = divmod(step, self.steps_per_epoch)
         size = self.batch_size * self.world
         masks = self.masks.draw(size, [self.seed, 2, step])
         mine = dealt(masks.tokens if self.masks.ragged else np.zeros(size), self.rank, self.world)
-        chosen = self.order(epoch)[place * size : (place + 1) * size][mine].tolist()
+        chosen = self.pictures(step)[mine].tolist()
         streams = [np.random.default_rng([self.seed, 1, step, int(image)]) for image in mine]
         drawn = draw_crops(self.folder, self.augment, chosen, streams)
         masks_enc, masks_pred = masks.masks(mine)
@@ -231,6 +238,22 @@ class TrainingBatches(Dataset):
             name = self.augment.engine.name
             raise ValueError(f"{error}; data.engine={name} replaces no such picture, turbo and pillow do") from error
         return replace(batch, images=images, fallback=fallback)
+
+
+def _patient(made: Iterator[Any], patience: float) -> Iterator[Any]:
+    """What `made` gives, waiting `patience` seconds for each; the loader itself gives up after `GLANCE`."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            item = next(made)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # of workers that are dead it says something else
+            if not str(error).startswith(LOST_WORKER[1]) or time.monotonic() >= end:
+                raise
+            continue
+        yield item
+        end = time.monotonic() + patience
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from fastjepa.training.profile import profiled
 from fastjepa.training.ranks import ALONE, Ranks
 from fastjepa.training.resume import Checkpoints, restore, run_state
 from fastjepa.training.stop import StopSignals
-from fastjepa.training.watch import CollapseWatch
+from fastjepa.training.watch import CollapseWatch, SkippedSteps, SpikeWatch
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Trainer:
                 raise ValueError(f"runtime.fp8_target: {error}") from None
         self.forward = ranks.wrap(self.model, config.runtime.compress_gradients, config.runtime.accumulate)
         self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
+        self.optimizer.skip_nonfinite = True
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
         self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
@@ -82,7 +84,8 @@ class Trainer:
         """One step on this process's batch, which is on the CPU; (loss, target features), nothing read back.
 
         The loss is this process's part of the mean over every process's target tokens: they add up to it. The features
-        are of whole images on the steps whose features are watched, else of the targets' tokens.
+        are of whole images on the steps whose features are watched, else of the targets' tokens. Where the loss of any
+        process or the gradient is not finite, nothing is changed but the step's number, which the schedules follow.
         """
         watched = self.step % self.config.logging.watch_every == 0
         lr, weight_decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
@@ -100,7 +103,8 @@ class Trainer:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.meta.use_bfloat16):
                     loss, seen = self.forward(self.normalise(part.images), part.masks_enc, part.masks_pred, targets)
                 loss = loss * (share * mine)
-                (loss * self.ranks.world).backward()  # gradients are averaged over the processes
+                # Gradients are averaged over the processes: a loss that is not finite makes those of all of them NaN.
+                (loss * self.ranks.world).backward(1 + 0 * loss.detach())
             losses.append(loss.detach())
             features.append(seen)
         self.optimizer.momentum = self.schedules.momentum(self.step)
@@ -124,8 +128,10 @@ class Meter:
     signals: StopSignals = field(default_factory=StopSignals)
     stopped: str | None = None  # what the processes have agreed to stop for
     watch: CollapseWatch = field(default_factory=CollapseWatch)
+    spikes: SpikeWatch = field(default_factory=SpikeWatch)
     rows: list[dict[str, float]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
     look: Tensor | None = None
     began: float = field(default_factory=time.perf_counter)
 
@@ -133,6 +139,7 @@ class Meter:
         self.flops = step_flops(self.trainer.model)
         chip = chip_of(self.trainer.device)
         self.peak = chip.flops if chip else None
+        self.skipped = SkippedSteps(self.trainer.config.runtime.max_skipped)
 
     def add(self, batch: Batch, loss: Tensor, features: Tensor) -> None:
         """Note the step that was just taken on `batch` (the one on the CPU)."""
@@ -145,6 +152,9 @@ class Meter:
         row["flops"] = self.flops(len(batch.images), batch.masks_enc, batch.masks_pred) if self.peak else 0.0
         self.rows.append(row)
         self.losses.append(loss.clone())  # torch's loss of the CPU keeps a number for each element it is the mean of
+        norm = self.trainer.optimizer.grad_norm
+        assert norm is not None
+        self.norms.append(norm.clone())  # the next step's is written over it
         if step % self.trainer.config.logging.watch_every == 0:
             self.look = self.watch.look(features)
 
@@ -152,31 +162,35 @@ class Meter:
         """Whether a single process was asked to; several have to agree first."""
         return self.signals.asked is not None and self.trainer.ranks.world == 1
 
-    def read(self) -> tuple[list[dict[str, float]], str | None]:
-        """Read the losses back, once for all steps since the last time: (their rows, a warning or None).
+    def read(self) -> tuple[list[dict[str, float]], list[str]]:
+        """Read the losses back, once for all steps since the last time: (their rows, warnings).
 
         With them goes whether some process was asked to stop, so that all stop at the same step.
         """
         ranks = self.trainer.ranks
         asked = torch.full((1,), float(self.signals.asked is not None), device=self.trainer.device)
-        *losses, asks = ranks.total(torch.cat([torch.stack(self.losses), asked])).tolist()
+        summed = ranks.total(torch.cat([torch.stack(self.losses), asked]))
+        numbers, count = torch.cat([summed, torch.stack(self.norms)]).tolist(), len(self.losses)
+        losses, asks, norms = numbers[:count], numbers[count], numbers[count + 1 :]
         if asks:
             self.stopped = self.signals.asked or "a signal to another process"
         batch_size = self.trainer.config.data.batch_size * ranks.world
         now = time.perf_counter()
         seconds, self.began = (now - self.began) / len(losses), now
-        rows, warning = self.rows, None
-        for row, loss in zip(rows, losses, strict=True):
+        rows, warnings = self.rows, []
+        for row, loss, norm in zip(rows, losses, norms, strict=True):
             row |= {"loss": loss, "time (ms)": 1000 * seconds, "images/s": batch_size / seconds}
+            row |= {"grad norm": norm, "skipped": int(not math.isfinite(norm))}
+            warnings.append(self.spikes.judge(int(row["step"]), loss))
             flops = row.pop("flops")
             if self.peak:
                 row["mfu"] = flops / seconds / self.peak
         if self.look is not None:
             rank, spread = self.look.tolist()
             rows[-1] |= {"rankme": rank, "feature std": spread}
-            warning = self.watch.judge(rank, spread)
-        self.rows, self.losses, self.look = [], [], None
-        return rows, warning
+            warnings.append(self.watch.judge(rank, spread))
+        self.rows, self.losses, self.norms, self.look = [], [], [], None
+        return rows, [warning for warning in warnings if warning]
 
 
 def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> TrainResult:
@@ -189,7 +203,8 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
     Raises:
         ValueError: a configuration, picture folder or checkpoint that will not do; says what would.
         OSError: the run's folder or its last checkpoint cannot be written.
-        FloatingPointError: the loss is no longer finite; names the last checkpoint.
+        FloatingPointError: runtime.max_skipped steps in a row were skipped because their loss or gradient is not
+            finite, or a weight is not where a checkpoint was to be written; names the last good checkpoint.
     """
     ranks = Ranks.from_environment()
     with ranks.joined(ranks.device(pick_device(config.runtime.device))), StopSignals() as signals:
@@ -226,9 +241,10 @@ def _train(
                 saves = trainer.step % batches.steps_per_epoch == 0 or trainer.step % save_every == 0
                 reports = saves or trainer.step == end or trainer.step % every == 0 or meter.must_stop()
                 if reports:
-                    rows += report(log, meter, checkpoints)
+                    rows += report(log, meter, checkpoints, batches)
                 last = trainer.step == end or meter.stopped is not None
-                if saves or last or (reports and checkpoints.is_due()):
+                due = saves or (reports and checkpoints.is_due())
+                if last or (due and not meter.skipped.in_a_row):  # the newest one is from before such steps
                     saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=last)
                 if on_step is not None:
                     on_step(trainer)
@@ -270,22 +286,40 @@ def prepare_data(config: Config, ranks: Ranks = ALONE) -> tuple[TrainingBatches,
     return batches, Unreadable(folder, data.max_corrupt)
 
 
-def report(log: RunLog | NoLog, meter: Meter, checkpoints: Checkpoints) -> list[dict[str, float]]:
-    """Read the steps since the last report and log them; a loss that is not finite ends the run."""
-    rows, warning = meter.read()
+def report(
+    log: RunLog | NoLog, meter: Meter, checkpoints: Checkpoints, batches: TrainingBatches
+) -> list[dict[str, float]]:
+    """Read the steps since the last report and log them, with the pictures of those that were skipped.
+
+    Raises:
+        FloatingPointError: too many in a row were.
+    """
+    rows, warnings = meter.read()
     log.rows(rows)
-    if warning:
+    for warning in warnings:
         log.say(f"warning: {warning}")
-    bad = next((row for row in rows if not np.isfinite(row["loss"])), None)
-    if bad is not None:
-        last = f"the last checkpoint is {checkpoints.latest}" if checkpoints.latest.exists() else "none was saved"
-        raise FloatingPointError(f"the loss is {bad['loss']} at step {bad['step']}; {last}")
+    for row in rows:
+        why = meter.skipped.add(row["loss"], row["grad norm"])
+        if why:
+            step = int(row["step"])
+            log.skipped(step, why, [batches.folder.name(int(i)) for i in batches.pictures(step)])
+        if meter.skipped.is_over:
+            raise FloatingPointError(
+                f"{meter.skipped.in_a_row} steps in a row, the last of them step {row['step']}, were skipped because "
+                f"their loss or gradient is not finite (runtime.max_skipped); {_newest(checkpoints)}"
+            )
     return rows
 
 
 def save(log: RunLog | NoLog, trainer: Trainer, checkpoints: Checkpoints, loss: float, must: bool) -> int:
     """Write a checkpoint, one process for all, and return its step; a failure is said and, unless `must`, training
-    goes on."""
+    goes on.
+
+    Raises:
+        FloatingPointError: a weight is not finite; nothing is written.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in trainer.model.state_dict().values()):
+        raise FloatingPointError(f"a weight is not finite at step {trainer.step}; {_newest(checkpoints)}")
     if not trainer.ranks.leads:
         return trainer.step
     epochs, rest = divmod(trainer.step, trainer.steps_per_epoch)
@@ -298,6 +332,11 @@ def save(log: RunLog | NoLog, trainer: Trainer, checkpoints: Checkpoints, loss: 
             raise OSError(message) from error
         log.say(f"warning: {message}")
     return trainer.step
+
+
+def _newest(checkpoints: Checkpoints) -> str:
+    there = checkpoints.latest.exists()
+    return f"the last good checkpoint is {checkpoints.latest}" if there else "no checkpoint was saved before"
 
 
 def write_parameters(config: Config) -> None:

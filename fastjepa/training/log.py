@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,11 @@ from tqdm import tqdm
 from fastjepa.config import Config
 
 COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")  # the official file's
-OURS = ("step", "lr", "weight_decay", "momentum", "images/s", "context tokens", "mfu", "rankme", "feature std")
+OURS = (
+    *("step", "lr", "weight_decay", "momentum", "images/s", "context tokens", "mfu", "rankme", "feature std"),
+    *("grad norm", "skipped"),
+)
+SKIPPED = ("step", "picture")  # of the file of skipped steps
 FORMATS = {
     "loss": "%.5f",
     "mask-A": "%.5f",
@@ -26,6 +31,7 @@ FORMATS = {
     "mfu": "%.4f",
     "rankme": "%.2f",
     "feature std": "%.5f",
+    "grad norm": "%.6e",
 }
 
 
@@ -44,19 +50,19 @@ class Tracker(Protocol):
 class CSVLog:
     """The rows of a run. A resumed run drops the rows that its checkpoint does not know of, and goes on."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path, start: int, columns: Sequence[str] = COLUMNS + OURS):
         rows = []
         if start and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
             rows = [row for row in rows if int(row["step"]) < start]
         self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.writer: csv.DictWriter[str] = csv.DictWriter(self.file, COLUMNS + OURS, extrasaction="ignore", restval="")
+        self.writer: csv.DictWriter[str] = csv.DictWriter(self.file, columns, extrasaction="ignore", restval="")
         self.writer.writeheader()
         self.writer.writerows(rows)
         self.file.flush()
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, float | str], step: int) -> None:
         """Append a row."""
         del step  # is among the values
         self.writer.writerow({k: FORMATS[k] % v if k in FORMATS else v for k, v in values.items()})
@@ -118,6 +124,7 @@ class RunLog:
         self.config = config
         folder, tag = Path(config.logging.folder), config.logging.write_tag
         self.csv = CSVLog(folder / f"{tag}_r0.csv", start)
+        self.skips = CSVLog(folder / f"{tag}-skipped.csv", start, SKIPPED)
         self.trackers: list[Tracker] = [self.csv]
         if config.logging.tensorboard:
             self.trackers.append(TensorBoardLog(folder))
@@ -131,6 +138,14 @@ class RunLog:
         """A message that stays on the screen."""
         tqdm.write(message, file=sys.stderr)
 
+    def skipped(self, step: int, why: str, names: list[str]) -> None:
+        """Say that a step was skipped, and write the names of all its pictures to a file of their own."""
+        for name in names:
+            self.skips.log({"step": step, "picture": name}, step)
+        self._flush(self.skips)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        self.say(f"warning: step {step} was skipped: {why}; its pictures, in {self.skips.file.name}, are {shown}")
+
     def rows(self, rows: list[dict[str, float]]) -> None:
         """Log the rows of consecutive steps and move the progress bar.
 
@@ -139,10 +154,7 @@ class RunLog:
         for row in rows:
             for tracker in self.trackers:
                 tracker.log(row, int(row["step"]))
-        try:
-            self.csv.flush()
-        except OSError as error:
-            self.say(f"warning: {self.csv.file.name}: {error.strerror or error}; rows are missing from it")
+        self._flush(self.csv)
         shown = {k: v for k, v in progress(rows[-1]).items() if v}
         self.bar.update(len(rows))
         self.bar.set_postfix(shown, refresh=False)
@@ -153,10 +165,16 @@ class RunLog:
             said = ", ".join(f"{k} {v}" for k, v in shown.items())
             self.say(f"step {step}/{self.bar.total}: {said}, {tqdm.format_interval(left)} left")
 
+    def _flush(self, file: CSVLog) -> None:
+        try:
+            file.flush()
+        except OSError as error:
+            self.say(f"warning: {file.file.name}: {error.strerror or error}; rows are missing from it")
+
     def close(self) -> None:
         """Close every file and tracker."""
         self.bar.close()
-        for tracker in self.trackers:
+        for tracker in (*self.trackers, self.skips):
             tracker.close()
 
 
@@ -164,6 +182,9 @@ class NoLog:
     """That of a process that does not speak for all."""
 
     def say(self, message: str) -> None:
+        """Nothing is said."""
+
+    def skipped(self, step: int, why: str, names: list[str]) -> None:
         """Nothing is said."""
 
     def rows(self, rows: list[dict[str, float]]) -> None:

@@ -222,18 +222,32 @@ def test_scaled_gradients():
     assert torch.isclose(run.tables.grad_norm * 1024, torch.cat(grads).norm(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("found", [True, False], ids=["found_inf", "skip_nonfinite"])
-def test_a_skipped_step_changes_nothing_but_targets_and_copies(found: bool):
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float, aligned: bool, dtype: torch.dtype):
+    run = Run.start(dtype=dtype, aligned=aligned)
+    run.tables.update(run.gradients())
+    for t in run.column(3):
+        t[:1] = -0.0  # a move by nothing would make it 0
+    before = [[x.clone().view(torch.int8) for x in run.column(i)] for i in range(6)]
+    grads = run.gradients()
+    grads[-1][3] = bad
+    run.tables.update(grads, norm=True, skip_nonfinite=True)
+    assert not run.tables.grad_norm.isfinite()
+    for i in range(6):
+        assert all(torch.equal(x.view(torch.int8), y) for x, y in zip(run.column(i), before[i], strict=True))
+    assert {run.tables.step_of(i).item() for i in range(len(SIZES))} == {1.0}
+    run.assert_surroundings_untouched()
+
+
+def test_a_step_that_a_scaler_skips_changes_nothing_but_targets_and_copies():
     run = Run.start()
     run.tables.update(run.gradients())
     before = [[x.clone() for x in run.column(i)] for i in range(4)]
     grads = run.gradients()
     grads[-1][3] = float("inf")
-    if found:
-        run.tables.update(grads, found_inf=torch.ones((), device=DEVICE))
-    else:
-        run.tables.update(grads, norm=True, skip_nonfinite=True)
-        assert not run.tables.grad_norm.isfinite()
+    run.tables.update(grads, found_inf=torch.ones((), device=DEVICE))
     for i in range(3):
         assert all(map(torch.equal, run.column(i), before[i]))
     sources = [p for p, t in zip(run.tensors.params, run.tensors.targets, strict=True) if t is not None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
+import os
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import fastjepa
 from fastjepa import read_checkpoint
 from fastjepa.config import parse_config
+from fastjepa.schedules import Schedules
 from fastjepa.training import build_models, engine, parameter_groups, train
 from fastjepa.training.log import COLUMNS, OURS
 from tests.helpers import make_pictures, tiny_config
@@ -190,10 +193,118 @@ def test_resume_refuses_other_runs(pictures, tmp_path):
         train(tiny_config(pictures, tmp_path, meta=resume))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(pictures, tmp_path):
-    config = tiny_config(pictures, tmp_path, optimization={"lr": 1e30, "start_lr": 1e30, "epochs": 2, "warmup": 1})
-    with pytest.raises(FloatingPointError, match=r"the loss is .* at step \d+; .*"):
+def spoil(monkeypatch, steps, what="loss", value=math.nan, rank="0"):
+    """The loss of these steps, or one gradient of them, is `value` in the process of that rank."""
+    real = engine.Trainer.train_step
+
+    def spoilt(trainer, batch):
+        spoils = trainer.step in steps and os.environ.get("RANK", "0") == rank
+        weight = trainer.model.predictor.predictor_proj.weight
+        if what == "loss":
+            hook = trainer.forward.register_forward_hook(lambda m, i, out: (out[0] + value, out[1]) if spoils else None)
+        else:
+            hook = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), value) if spoils else grad)
+        done = real(trainer, batch)
+        hook.remove()
+        return done
+
+    monkeypatch.setattr(engine.Trainer, "train_step", spoilt)
+
+
+@pytest.mark.parametrize("what, value", [("loss", math.nan), ("loss", math.inf), ("gradient", -math.inf)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(pictures, tmp_path, monkeypatch, capsys, what, value, bf16):
+    spoil(monkeypatch, {4, 5, 9}, what, value)
+    states = {}
+    config = tiny_config(pictures, tmp_path, meta={"use_bfloat16": bf16}, logging={"every": 2})
+
+    def keep(trainer):
+        states[trainer.step] = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+
+    result = train(config, keep)
+    weights = {step: (model, state["state"]) for step, (model, state) in states.items()}
+    assert equal(weights[4], weights[6])  # after step 3 and after step 5
+    assert equal(weights[9], weights[10])
+    assert not equal(
+        weights[6][0]["target_encoder.blocks.0.attn.qkv.weight"],
+        weights[7][0]["target_encoder.blocks.0.attn.qkv.weight"],
+    )
+    assert [row["step"] for row in result.rows if row["skipped"]] == [4, 5, 9]
+    assert all(math.isfinite(row["grad norm"]) != row["skipped"] for row in result.rows)
+    said = capsys.readouterr().err
+    assert "step 5 was skipped" in said
+    assert "(2 skipped so far, 2 in a row)" in said
+    assert "(3 skipped so far, 1 in a row)" in said
+    listed = rows_of(tmp_path / "jepa-skipped.csv")
+    batches, _ = engine.prepare_data(config)
+    for step in (4, 5, 9):
+        names = {row["picture"] for row in listed if row["step"] == str(step)}
+        assert names == {batches.folder.name(int(i)) for i in batches[step].samples}
+    assert any(name in said for name in names)
+    assert result.steps == 12
+    kept = read_checkpoint(result.checkpoint)
+    assert {state["step"].item() for state in kept["opt"]["state"].values()} == {9.0}
+
+
+def test_a_run_with_skipped_steps_resumes_exactly(pictures, tmp_path, monkeypatch):
+    spoil(monkeypatch, {4, 5, 6, 9})
+
+    def run(name, stop, **meta):
+        config = tiny_config(
+            pictures,
+            tmp_path / name,
+            meta=meta,
+            runtime={"progress": False, "device": "cpu", "stop_after": stop, "save_every": 3},
+        )
+        return train(config)
+
+    whole = run("whole", 12)
+    run("parts", 6)  # in the midst of them
+    parts = run("parts", 12, load_checkpoint=True)
+    ours, theirs = read_checkpoint(whole.checkpoint), read_checkpoint(parts.checkpoint)
+    for state in (ours, theirs):
+        state["fastjepa"].pop("config")
+    assert equal(ours, theirs)
+    for name in ("jepa_r0.csv", "jepa-skipped.csv"):
+        logged = [rows_of(tmp_path / run / name) for run in ("whole", "parts")]
+        assert [{k: v for k, v in row.items() if k not in ("time (ms)", "images/s")} for row in logged[0]] == [
+            {k: v for k, v in row.items() if k not in ("time (ms)", "images/s")} for row in logged[1]
+        ]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(pictures, tmp_path, monkeypatch):
+    spoil(monkeypatch, {2, 4, 5, 7, 8, 9, 10, 11})
+    config = tiny_config(
+        pictures, tmp_path, runtime={"progress": False, "device": "cpu", "save_every": 2, "max_skipped": 3}
+    )
+    with pytest.raises(FloatingPointError) as caught:
         train(config)
+    latest = tmp_path / "jepa-latest.pth.tar"
+    assert str(caught.value) == (
+        "3 steps in a row, the last of them step 9, were skipped because their loss or gradient is not finite "
+        f"(runtime.max_skipped); the last good checkpoint is {latest}"
+    )
+    kept = read_checkpoint(latest)  # neither step 6, which ends an epoch, nor 8 was good
+    assert kept["fastjepa"]["step"] == 4
+    assert [int(row["step"]) for row in rows_of(tmp_path / "jepa_r0.csv")] == list(range(10))
+
+
+def test_weights_that_are_not_finite_are_never_saved(pictures, tmp_path, monkeypatch):
+    """They overflow in a step whose loss and gradient are finite, right before a checkpoint."""
+
+    runtime = {"progress": False, "device": "cpu", "save_every": 1}
+    monkeypatch.setattr(Schedules, "lr", lambda self, step: 1e39 if step == 1 else 1e-4)
+    config = tiny_config(pictures, tmp_path, runtime=runtime)
+    latest = tmp_path / "jepa-latest.pth.tar"
+    with pytest.raises(
+        FloatingPointError, match=f"a weight is not finite at step 2; the last good checkpoint is {latest}"
+    ):
+        train(config)
+    kept = read_checkpoint(latest)
+    assert kept["fastjepa"]["step"] == 1
+    assert all(
+        bool(v.isfinite().all()) for name in ("encoder", "predictor", "target_encoder") for v in kept[name].values()
+    )
 
 
 def test_failed_checkpoint(pictures, tmp_path, monkeypatch, capsys):
@@ -259,6 +370,9 @@ def test_a_step_reads_nothing_back(pictures, tmp_path, monkeypatch):
             return real(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
+    # Without kernels the optimizer asks the CPU whether to skip; a GPU decides by itself.
+    monkeypatch.setattr(trainer.optimizer, "skip_nonfinite", False)
+    monkeypatch.setattr(trainer.optimizer, "max_grad_norm", math.inf)
     loss, features = trainer.train_step(batch)
     meter.add(batch, loss, features)
     assert asked == []

@@ -150,6 +150,60 @@ def test_a_process_that_dies_is_started_again(pictures, tmp_path, alone):
     assert_same(read_checkpoint(tmp_path / "jepa-latest.pth.tar"), alone)
 
 
+SPOILT = """
+import os, sys, torch
+from fastjepa.config import load_config
+from fastjepa.training import engine
+real = engine.Trainer.train_step
+def spoilt(trainer, batch):
+    last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    hooks = []
+    if last and trainer.step in (3, 4):
+        hooks += [trainer.forward.register_forward_hook(lambda m, i, out: (out[0] + float("inf"), out[1]))]
+    if last and trainer.step == 7:
+        weight = trainer.model.predictor.predictor_proj.weight
+        hooks += [weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), float("nan")))]
+    done = real(trainer, batch)
+    for hook in hooks:
+        hook.remove()
+    return done
+engine.Trainer.train_step = spoilt
+engine.train(load_config(sys.argv[1]))
+"""
+
+
+def test_what_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_path):
+    """A loss at steps 3 and 4, a gradient at step 7: the run is that of one process that skips the same steps."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(SPOILT)
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        config = config_of(pictures, folder, 8 // world)
+        launcher = launched(world, config, folder)
+        command = [*launcher[: launcher.index("fastjepa") - 1], str(script), str(folder / "config.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "step 4 was skipped: loss inf, gradient norm nan (2 skipped so far, 2 in a row)" in done.stderr
+        rows = (folder / "jepa_r0.csv").read_text().splitlines()
+        found[world] = read_checkpoint(folder / "jepa-latest.pth.tar"), [row[-1] for row in rows[1:]]
+        pictures_of = [line.split(",") for line in (folder / "jepa-skipped.csv").read_text().splitlines()[1:]]
+        assert [len([1 for step, _ in pictures_of if step == str(s)]) for s in range(10)] == [
+            0,
+            0,
+            0,
+            8,
+            8,
+            0,
+            0,
+            8,
+            0,
+            0,
+        ]
+    assert_same(found[2][0], found[1][0])
+    assert found[1][1] == found[2][1] == list("0001100100")
+
+
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_the_run_can_go_on(pictures, tmp_path, world, name):

@@ -1,12 +1,15 @@
-"""The collapse watch."""
+"""What watches a run: collapse, spikes, steps that were skipped."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from fastjepa.training import engine
-from fastjepa.training.watch import CollapseWatch
+from fastjepa.training.watch import CollapseWatch, SpikeWatch
 from tests.helpers import make_pictures, tiny_config
 
 
@@ -48,3 +51,31 @@ def test_whole_images_are_encoded_on_watched_steps_alone(tmp_path):
     shapes = [list(trainer.train_step(batch)[1].shape) for _ in range(4)]
     assert shapes == [[4, 64, 48], [len(batch.targets.kept), 48]] * 2
     assert len(batch.targets.kept) < 4 * 64
+
+
+def test_a_loss_that_leaps_is_said_once():
+    watch = SpikeWatch()
+    rng = np.random.default_rng(0)
+    said = [watch.judge(step, 0.4 - 2e-4 * step + 0.01 * rng.normal()) for step in range(300)]
+    assert said == [None] * 300
+    spikes = [watch.judge(300 + i, loss) for i, loss in enumerate([0.9, math.nan, 1.1, 0.34, 0.33, 0.8])]
+    assert [bool(warning) for warning in spikes] == [True, False, False, False, False, True]
+    assert "the loss leapt to 0.9 at step 300" in (spikes[0] or "")
+
+
+def test_a_loss_that_stays_high_becomes_the_mean():
+    watch = SpikeWatch()
+    for step in range(200):
+        watch.judge(step, 0.3)
+    said = [watch.judge(200 + i, 0.6) for i in range(300)]
+    assert sum(map(bool, said)) == 1
+    assert not watch.above
+
+
+def test_the_first_steps_are_no_spikes():
+    assert not any(SpikeWatch().judge(step, loss) for step, loss in enumerate([1.0, 5.0, 0.1, 9.0]))
+
+
+def test_features_that_are_not_finite_are_not_judged():
+    rank, spread = CollapseWatch.look(torch.full((4, 6, 3), math.nan)).tolist()
+    assert CollapseWatch().judge(rank, spread) is None
