@@ -219,13 +219,22 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor]) -> Tensor:
     Shapes: x [B, N, D]; masks a list of integer [B, K] -> [len(masks) * B, K, D].
 
     Raises:
-        ValueError: x or masks of other shapes.
+        ValueError: x or masks of other shapes, dtypes or devices, or (looked for on the CPU) an index out of range.
     """
     masks = [masks] if isinstance(masks, Tensor) else list(masks)
     if x.dim() != 3 or not masks or any(m.dim() != 2 or m.shape[0] != x.shape[0] for m in masks):
         raise ValueError(
             f"x must be [B, N, D] and masks [B, K], got {list(x.shape)} and {[list(m.shape) for m in masks]}"
         )
+    if any(m.dtype not in (torch.int32, torch.int64) or m.device != x.device for m in masks):
+        kinds = [f"{m.dtype} on {m.device}" for m in masks]
+        raise ValueError(f"masks must be int32 or int64 on {x.device} as x is, got {kinds}")
+    if len({m.shape[1] for m in masks}) > 1:
+        raise ValueError(f"masks must be of one length, got {[list(m.shape) for m in masks]}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        for mask in masks:
+            if mask.numel() and not (int(mask.min()) >= 0 and int(mask.max()) < x.shape[1]):
+                raise ValueError(f"masks must be in 0..{x.shape[1] - 1}, got {int(mask.min())}..{int(mask.max())}")
     start = (torch.arange(x.shape[0], device=x.device) * x.shape[1]).view(-1, 1)
     rows = torch.cat([start + m for m in masks])  # [len(masks) * B, K]
     return x.flatten(0, 1).index_select(0, rows.view(-1)).view(*rows.shape, x.shape[2])

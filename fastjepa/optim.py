@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from fastjepa.copies import set_current
 from fastjepa.kernels.reference import ema_update_ref_
+from fastjepa.ops.checks import is_expanded
 
 if TYPE_CHECKING:
     from fastjepa.kernels.adamw_ema import AdamWEMATensors, Hyperparameters, MultiTensorAdamWEMA
@@ -334,13 +335,17 @@ def _same(some: Collection[object], others: Collection[object]) -> bool:
 
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not float(group[name]) >= 0.0:
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
+        if not 0.0 <= float(group[name]) < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
     if not all(0.0 <= float(beta) < 1.0 for beta in group["betas"]):
         raise ValueError(f"betas must be in 0..1, 1 excluded, got {group['betas']}")
     for p in group["params"]:
         if not p.is_floating_point():
             raise ValueError(f"parameters must be of a floating dtype, got {p.dtype} {list(p.shape)}")
+        if is_expanded(p):
+            raise ValueError(
+                f"a parameter {list(p.shape)} is expanded: its elements share memory, strides {p.stride()}"
+            )
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ValueError("a parameter is given twice in one group")
 
@@ -373,5 +378,7 @@ def _check_pairs(pairs: dict[Tensor, Tensor], what: str) -> None:
             raise ValueError(f"a {what} of shape {list(other.shape)} for a tensor of shape {list(tensor.shape)}")
         if other.device != tensor.device:
             raise ValueError(f"a {what} on {other.device} for a tensor on {tensor.device}")
+        if is_expanded(other):
+            raise ValueError(f"a {what} {list(other.shape)} is expanded: its elements share memory")
     if len({id(t) for t in pairs.values()}) < len(pairs):
         raise ValueError(f"a {what} is given for two tensors")

@@ -132,7 +132,7 @@ class TargetRows:
         Raises:
             ValueError: masks that do not fit the images.
         """
-        index = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred)
+        index = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred, num_images)
         rows, everything = image_rows(index, num_images, num_patches), num_images * num_patches
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
             return cls(*rows.unique(return_inverse=True))

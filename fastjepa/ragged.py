@@ -36,6 +36,8 @@ class Ragged:
 
     def _check(self) -> None:
         values, offsets = self.values, self.offsets
+        if not isinstance(values, Tensor) or not isinstance(offsets, Tensor):
+            raise ValueError(f"Ragged takes tensors, got {type(values).__name__} and {type(offsets).__name__}")
         if values.dim() < 1:
             raise ValueError(f"Ragged values need a token dimension first: [T, ...], got shape {list(values.shape)}")
         if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int32:
@@ -130,17 +132,19 @@ class Ragged:
 
     @classmethod
     def from_list(cls, tensors: Sequence[Tensor], per_image: int = 1) -> Ragged:
-        """Pack tensors [L_s, ...] of equal dtype and trailing shape.
+        """Pack tensors [L_s, ...] of equal trailing shape, of dtypes that are promoted as `torch.cat` does.
 
         Raises:
-            ValueError: no tensors, or tensors of different trailing shapes.
+            ValueError: no tensors, or tensors of different trailing shapes or devices.
         """
-        if not tensors:
+        if not len(tensors):
             raise ValueError("Ragged.from_list needs at least one tensor")
         if any(t.dim() < 1 or t.shape[1:] != tensors[0].shape[1:] for t in tensors):
             raise ValueError(
                 f"Ragged.from_list needs [L, ...] of one trailing shape, got {[list(t.shape) for t in tensors]}"
             )
+        if len({t.device for t in tensors}) > 1:
+            raise ValueError(f"Ragged.from_list needs tensors on one device, got {[str(t.device) for t in tensors]}")
         lengths = [len(t) for t in tensors]
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         values = torch.cat(list(tensors))
@@ -163,18 +167,22 @@ class Ragged:
         return torch.nested.nested_tensor_from_jagged(self.values, self.offsets.long())
 
 
-def masks_to_ragged(masks: Sequence[Tensor] | Tensor) -> Ragged:
+def masks_to_ragged(masks: Sequence[Tensor] | Tensor, num_images: int | None = None) -> Ragged:
     """Official masks, a list of integer [B, K], as one `Ragged` in their own mask-major order (sequence k * B + b).
 
     Raises:
-        ValueError: no masks, or masks that are not integer tensors of one shape [B, K].
+        ValueError: no masks, or masks that are not int32 or int64 tensors alike and of one shape [B, K], or of another
+            number of images than `num_images`.
     """
     listed = [masks] if isinstance(masks, Tensor) else list(masks)
-    if not listed or any(m.dim() != 2 or m.shape != listed[0].shape or m.is_floating_point() for m in listed):
+    if not listed or any(m.dim() != 2 or m.shape != listed[0].shape for m in listed) or not _alike(listed):
         raise ValueError(
-            f"masks must be integer tensors of one shape [B, K], got {[(m.dtype, list(m.shape)) for m in listed]}"
+            "masks must be int32 or int64 tensors of one shape [B, K], dtype and device, got "
+            f"{[(m.dtype, str(m.device), list(m.shape)) for m in listed]}"
         )
     batch, length = listed[0].shape
+    if num_images is not None and batch != num_images:
+        raise ValueError(f"masks are of {batch} images, but there are {num_images}")
     offsets = torch.arange(len(listed) * batch + 1, dtype=torch.int32, device=listed[0].device) * length
     return Ragged(torch.cat(listed).view(-1), offsets, max_length=length)
 
@@ -210,13 +218,13 @@ def image_rows(index: Ragged, num_images: int, num_patches: int) -> Tensor:
         ValueError: a number of sequences that is not a multiple of the images', or (checked on the CPU) a patch
             outside 0..N-1.
     """
-    if index.num_sequences % (num_images * index.per_image):
+    if index.num_sequences % (num_images * index.per_image) if num_images else index.num_sequences:
         raise ValueError(
             f"masks of {index.num_sequences} sequences, {index.per_image} an image, do not fit {num_images} images"
         )
     check_patches(index, num_patches)
     patches = index.values
-    image = torch.arange(index.num_sequences, device=index.device) // index.per_image % num_images
+    image = torch.arange(index.num_sequences, device=index.device) // index.per_image % max(num_images, 1)
     return (image * num_patches).repeat_interleave(index.lengths, output_size=len(patches)) + patches
 
 
@@ -230,6 +238,11 @@ def check_patches(index: Ragged, num_patches: int) -> None:
         low, high = (int(v) for v in index.values.aminmax())
         if low < 0 or high >= num_patches:
             raise ValueError(f"masks name patches {low}..{high}, but there are patches 0..{num_patches - 1}")
+
+
+def _alike(masks: Sequence[Tensor]) -> bool:
+    """Whether all are int32, or all int64, on one device."""
+    return masks[0].dtype in (torch.int32, torch.int64) and len({(m.dtype, m.device) for m in masks}) == 1
 
 
 def _can_look(tensor: Tensor) -> bool:

@@ -108,13 +108,17 @@ def add_layer_norm_ref(
     Shapes: x, residual [T, D]; weight, bias [D]; y is cast to `out_dtype` where one is given.
     """
     total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    if weight.dtype in (total.dtype, torch.float32) and total.dtype != torch.float64:  # what torch takes together
+        y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    else:
+        wide = torch.promote_types(total.dtype, weight.dtype)
+        y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(total.dtype)
     return y if out_dtype is None else y.to(out_dtype), total
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) with the exact (erf) GELU. Shapes: x [T, D]; bias [D]."""
-    return F.gelu(x + bias)
+    return F.gelu(x + bias).to(x.dtype)
 
 
 def quantise_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:

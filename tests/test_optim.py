@@ -368,8 +368,8 @@ P, Q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
     [
         ([P], {"lr": -1.0}, "-1.0"),
         ([P], {"betas": (1.0, 0.9)}, "1.0"),
-        ([{"params": [P], "lr": -2.0}], {}, "lr must not be negative, got -2.0"),
-        ([{"params": [P], "weight_decay": math.nan}], {}, "weight_decay must not be negative, got nan"),
+        ([{"params": [P], "lr": -2.0}], {}, "lr must be finite and not negative, got -2.0"),
+        ([{"params": [P], "weight_decay": math.nan}], {}, "weight_decay must be finite and not negative, got nan"),
         ([{"params": [P], "betas": (0.9, 1.5)}], {}, r"betas must be in 0\.\.1, 1 excluded, got \(0.9, 1.5\)"),
         ([], {}, "empty parameter list"),
         ([torch.zeros(2, dtype=torch.complex64)], {}, "parameters must be of a floating dtype, got torch.complex64"),

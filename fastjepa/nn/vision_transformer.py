@@ -103,7 +103,7 @@ class VisionTransformer(Stack):
             offsets = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * count
             x = self._encode(x, offsets, count, keep)
             return x.view(batch, count, -1) if keep is None else x
-        index = masks if isinstance(masks, Ragged) else masks_to_ragged(masks)
+        index = masks if isinstance(masks, Ragged) else masks_to_ragged(masks, batch)
         x = self.patch_embed.embed(ops.gather_tokens(patches, index).values)
         x = x + positions[0].index_select(0, index.values)
         x = self._encode(x, index.offsets, index.max_length, keep)

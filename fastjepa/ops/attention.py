@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -52,18 +53,24 @@ def ragged_attention(
     >>> ragged_attention(qkv, torch.tensor([0, 2, 5], dtype=torch.int32), 3).shape
     torch.Size([5, 2, 8])
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point() or not qkv.shape[3]:
         raise ValueError(f"qkv must be a floating [T, 3, H, d], got {qkv.dtype} {list(qkv.shape)}")
     if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape[0] < 1:
         raise ValueError(f"offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}")
     if offsets.device != qkv.device:
         raise ValueError(f"qkv is on {qkv.device} and offsets on {offsets.device}")
+    if not isinstance(max_length, int | torch.SymInt):
+        raise ValueError(f"max_length must be a whole number, got {max_length!r}")
     if qkv.shape[0] > (offsets.shape[0] - 1) * max_length:
         raise ValueError(
             f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {qkv.shape[0]}"
         )
     check_offsets(offsets, qkv.shape[0], max_length, check)
+    if not torch.compiler.is_compiling():
+        max_length = min(max_length, qkv.shape[0])  # nothing is padded to a bound that is far too high
     factor = qkv.shape[3] ** -0.5 if scale is None else scale
+    if not math.isfinite(factor):
+        raise ValueError(f"scale must be finite, got {scale}")
     if backend == "auto":
         backend = "triton" if library.takes_kernels(qkv) and not _refuses(qkv, factor, dropout) else "reference"
     elif backend == "triton" and (reason := _refuses(qkv, factor, dropout)):

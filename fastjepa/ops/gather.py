@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, scatter_rows_ref
 from fastjepa.ops import library
-from fastjepa.ops.checks import check_range
+from fastjepa.ops.checks import check_range, check_same, check_tensors
 from fastjepa.ragged import Ragged, image_rows, sequence_ids
 
 
@@ -36,9 +36,10 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None, *, 
     batch, patches, width = x.shape
     if pos_embed is not None and pos_embed.shape != (patches, width):
         raise ValueError(f"pos_embed must be [N, D] = [{patches}, {width}], got {list(pos_embed.shape)}")
+    check_tensors({"x": x, "pos_embed": pos_embed}, {"index": index.values})
     check_range("index", index.values, 0, patches - 1, check)
     rows = image_rows(index, batch, patches)
-    return index.with_values(_gather(x.reshape(-1, width), rows, pos_embed))
+    return index.with_values(_gather(x.flatten(0, 1), rows, pos_embed))
 
 
 def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int, *, check: bool = False) -> Tensor:
@@ -51,13 +52,20 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int, *, check: boo
         [S, num_tokens, D].
 
     Raises:
-        ValueError: tokens and index of different totals, other shapes and dtypes, or as `gather_tokens` an index.
+        ValueError: tokens and index of different totals or (looked for as in `gather_tokens`) sequences, other shapes
+            and dtypes, or as `gather_tokens` an index.
     """
     _check_index(index)
+    if not isinstance(num_tokens, int | torch.SymInt) or num_tokens < 0:
+        raise ValueError(f"num_tokens must be a whole number of at least 0, got {num_tokens!r}")
     if tokens.values.dim() != 2 or tokens.values.shape[0] != index.values.shape[0]:
         raise ValueError(
             f"tokens must be [T, D] with the T = {index.values.shape[0]} of index, got {list(tokens.values.shape)}"
         )
+    check_tensors({"tokens": tokens.values}, {"index": index.values})
+    if len(tokens.offsets) != len(index.offsets):
+        raise ValueError(f"tokens are {len(tokens)} sequences and index {len(index)}")
+    check_same("offsets of tokens and index", tokens.offsets, index.offsets, check)
     check_range("index", index.values, 0, num_tokens - 1, check)
     rows = sequence_ids(index) * num_tokens + index.values
     num_rows = index.num_sequences * num_tokens
@@ -67,7 +75,7 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int, *, check: boo
         flat = library.call(kernel, tokens.values, rows, num_rows)
     else:
         flat = scatter_rows_ref(tokens.values, rows, num_rows)
-    return flat.view(index.num_sequences, num_tokens, -1)
+    return flat.view(index.num_sequences, num_tokens, tokens.values.shape[1])
 
 
 def assemble_predictor(
@@ -86,7 +94,7 @@ def assemble_predictor(
     Raises:
         ValueError: shapes other than these, or as `gather_tokens` an index.
     """
-    width = context.shape[-1]
+    width = context.shape[-1] if context.dim() else 0
     if context.dim() != 2 or mask_token.shape != (width,) or pos_embed.dim() != 2 or pos_embed.shape[1] != width:
         raise ValueError(
             f"expected context [Tc, D], mask_token [D] and pos_embed [N, D], got {list(context.shape)}, "
@@ -94,6 +102,9 @@ def assemble_predictor(
         )
     if source.dim() != 1 or source.shape != patches.shape:
         raise ValueError(f"source and patches must both be [T], got {list(source.shape)} and {list(patches.shape)}")
+    check_tensors(
+        {"context": context, "mask_token": mask_token, "pos_embed": pos_embed}, {"source": source, "patches": patches}
+    )
     check_range("source", source, -1, context.shape[0] - 1, check)
     check_range("patches", patches, 0, pos_embed.shape[0] - 1, check)
     if library.takes_kernels(context):
@@ -104,7 +115,7 @@ def assemble_predictor(
 
 
 def take_rows(x: Tensor, rows: Tensor, *, check: bool = False) -> Tensor:
-    """x[rows], no row named twice.
+    """x[rows], no row named twice, which is not looked for: on CUDA the gradient of such a row would be one of them.
 
     Shapes: x [R, D]; rows int32 or int64 [T] in 0..R-1 -> [T, D].
 
@@ -113,6 +124,7 @@ def take_rows(x: Tensor, rows: Tensor, *, check: bool = False) -> Tensor:
     """
     if x.dim() != 2 or rows.dim() != 1:
         raise ValueError(f"expected x [R, D] and rows [T], got {list(x.shape)} and {list(rows.shape)}")
+    check_tensors({"x": x}, {"rows": rows})
     check_range("rows", rows, 0, x.shape[0] - 1, check)
     return _gather(x, rows, None, unique=True)
 

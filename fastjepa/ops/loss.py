@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastjepa.kernels.reference import jepa_loss_ref
 from fastjepa.ops import library
-from fastjepa.ops.checks import check_range
+from fastjepa.ops.checks import check_range, check_tensors
 from fastjepa.pairing import Pairing, TargetRows, select_sequences
 from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
@@ -33,8 +35,8 @@ def jepa_loss(
         The mean over every element, a scalar.
 
     Raises:
-        ValueError: a prediction that does not fit the masks, targets of other masks or features, or as `gather_tokens`
-            an index.
+        ValueError: masks that name no patch, a prediction that does not fit them, targets of other masks or features,
+            tensors on several devices, or as `gather_tokens` an index.
 
     Source: section 3 of Assran et al. 2023 (arXiv 2301.08243); the layer norm (eps 1e-5, no affine) and smooth-L1 are
     those of the published training code.
@@ -43,16 +45,23 @@ def jepa_loss(
         wanted = "[B, N, D]" if targets is None else "[U, D], the rows of `targets`,"
         raise ValueError(f"target_features must be {wanted} got {list(target_features.shape)}")
     width = target_features.shape[-1]
-    masks = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred)
+    batch = len(target_features) if targets is None else None
+    masks = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred, batch)
     values = prediction.values if isinstance(prediction, Ragged) else prediction
-    flat = values.reshape(-1, values.shape[-1])
+    if values.dim() < 2 or not width:
+        raise ValueError(f"prediction must be tokens of width {width} above 0, got {list(values.shape)}")
+    flat = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+    integers = {"masks_pred": masks.values} if targets is None else {"targets.place": targets.place}
+    check_tensors({"prediction": values, "target_features": target_features}, integers)
     tokens = masks.values.shape[0]
-    if flat.shape[1] != width or (tokens and flat.shape[0] % tokens) or (not tokens and flat.shape[0]):
+    if not tokens:
+        raise ValueError("masks_pred names no patch, so there is nothing to take a mean of")
+    if flat.shape[1] != width or not flat.shape[0] or flat.shape[0] % tokens:
         raise ValueError(f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}")
     if targets is None:
-        batch, patches = target_features.shape[:2]
+        patches = target_features.shape[1]
         check_range("masks_pred", masks.values, 0, patches - 1, check)
-        rows = image_rows(masks, batch, patches)
+        rows = image_rows(masks, len(target_features), patches)
     else:
         rows = targets.place
         if len(rows) != tokens or len(targets.kept) != len(target_features):
@@ -61,7 +70,7 @@ def jepa_loss(
                 f"rows of target_features and {tokens} target tokens"
             )
         check_range("targets.place", rows, 0, len(target_features) - 1, check)
-    contexts = flat.shape[0] // tokens if tokens else 1
+    contexts = flat.shape[0] // tokens
     if contexts > 1:  # every target is predicted once from each context
         if isinstance(masks_pred, Ragged):
             target_of = torch.arange(masks.num_sequences * contexts, device=rows.device) // contexts

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import add_layer_norm_ref, bias_gelu_ref
 from fastjepa.ops import library
+from fastjepa.ops.checks import check_tensors
 
 MAX_WIDTH = 8192  # the kernels hold a row at once
 
@@ -45,6 +46,11 @@ def add_layer_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
+    check_tensors({"x": x, "residual": residual, "weight": weight, "bias": bias})
+    if weight.dtype != bias.dtype:
+        raise ValueError(f"weight and bias must share a dtype, got {weight.dtype} and {bias.dtype}")
+    if not x.shape[1]:
+        raise ValueError(f"x must have at least one column, got {list(x.shape)}")
     total_dtype = sum_dtype(x, residual)
     out_dtype = out_dtype or linear_dtype(x.device, total_dtype)
     if not library.takes_kernels(x) or total_dtype == torch.float64 or x.shape[1] > MAX_WIDTH:
@@ -88,6 +94,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """
     if x.dim() != 2 or bias.shape != x.shape[1:]:
         raise ValueError(f"expected x [T, D] and bias [D], got {list(x.shape)} and {list(bias.shape)}")
+    check_tensors({"x": x, "bias": bias})
     if library.takes_kernels(x) and x.dtype != torch.float64:
         from fastjepa.kernels.gelu import bias_gelu as kernel
 

@@ -36,7 +36,7 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True
         return [apply_masks(x, [m]) for m in listed]
     if not library.takes_kernels(x) or not listed:
         return fastjepa_masks.apply_masks(x, listed)
-    index = masks_to_ragged(listed)
+    index = masks_to_ragged(listed, len(x))
     return ops.gather_tokens(x, index).values.view(index.num_sequences, -1, x.shape[-1])
 
 
