@@ -127,8 +127,21 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Probes of the target encoder during training, by `fastjepa eval` in a process of its own; `every: 0` has none."""
+
+    every: int = 0  # epochs; the last is always judged too
+    data: str | None = None  # labelled pictures, as `fastjepa eval --data`; the training pictures' folder if not given
+    test: str | None = None  # as `fastjepa eval --test`
+    probes: str = "linear,knn"
+    workers: int = 0  # that read its pictures
+    device: str = "auto"  # the one that is trained on
+
+
+@dataclass(frozen=True)
 class Config:
-    """A run. Sections `data`, `mask`, `meta`, `optimization`, `logging` are the official ones; `runtime` is ours."""
+    """A run. Sections `data`, `mask`, `meta`, `optimization`, `logging` are the official ones; `runtime` and
+    `evaluation` are ours."""
 
     data: DataConfig
     logging: LoggingConfig
@@ -136,6 +149,7 @@ class Config:
     meta: MetaConfig = field(default_factory=MetaConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dicts of plain values, as YAML and checkpoints hold them."""
@@ -306,6 +320,10 @@ def _check(config: Config, source: str) -> None:
         "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
         "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,
         "runtime.seed must be at least 0": runtime.seed < 0,
+        "evaluation.every and evaluation.workers must be at least 0": min(
+            config.evaluation.every, config.evaluation.workers
+        )
+        < 0,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
