@@ -62,8 +62,12 @@ class Trainer:
             raise ValueError(f"runtime.attention: {error}") from None
         set_activation_checkpointing(self.model, config.runtime.activation_checkpointing)
         set_narrow_stream(self.model, config.runtime.narrow_stream)
-        self.forward = ranks.wrap(self.model, config.runtime.compress_gradients, config.runtime.accumulate)
-        self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
+        bf16, compress = config.meta.use_bfloat16, config.runtime.compress_gradients
+        if config.runtime.shard and ranks.world > 1:
+            self.forward = ranks.shard(self.model, self.device, bf16, compress)
+        else:
+            self.forward = ranks.wrap(self.model, compress, config.runtime.accumulate)
+        self.optimizer = build_optimizer(self.model, bf16)
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
         self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
@@ -195,8 +199,8 @@ def _train(
     config: Config, ranks: Ranks, signals: StopSignals, on_step: Callable[[Trainer], None] | None
 ) -> TrainResult:
     batches, unreadable = prepare_data(config, ranks)
-    checkpoints = Checkpoints(config)
     trainer = Trainer(config, batches.steps_per_epoch, ranks)
+    checkpoints = Checkpoints(config, ranks, trainer.device)
     source = checkpoints.source()
     if source is not None:
         trainer.step = restore(source, config, trainer.model, trainer.optimizer, batches.steps_per_epoch)
@@ -223,7 +227,7 @@ def _train(
                 if reports:
                     rows += report(log, meter, checkpoints)
                 last = trainer.step == end or meter.stopped is not None
-                if saves or last or (reports and checkpoints.is_due()):
+                if saves or last or (reports and checkpoints.is_due(trainer.device)):
                     saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=last)
                 if on_step is not None:
                     on_step(trainer)
@@ -231,9 +235,10 @@ def _train(
                     break
     except KeyboardInterrupt:  # a second one, or one raised by `on_step`
         log.say(f"stopped at step {trainer.step}; saving")
-        if trainer.step != saved:
+        if trainer.step != saved and not checkpoints.takes_all:  # the others may be anywhere
             save(log, trainer, checkpoints, rows[-1]["loss"] if rows else float("nan"), must=True)
     finally:
+        finish(log, checkpoints)
         log.close()
     if meter.stopped:
         log.say(f"stopped by {meter.stopped} at step {trainer.step}; runtime.resume=true goes on from there")
@@ -279,20 +284,36 @@ def report(log: RunLog | NoLog, meter: Meter, checkpoints: Checkpoints) -> list[
 
 
 def save(log: RunLog | NoLog, trainer: Trainer, checkpoints: Checkpoints, loss: float, must: bool) -> int:
-    """Write a checkpoint, one process for all, and return its step; a failure is said and, unless `must`, training
-    goes on."""
-    if not trainer.ranks.leads:
+    """Write a checkpoint, for which every process calls this, and return its step; a failure is said, and ends the run
+    where it `must` be written."""
+    if not (trainer.ranks.leads or checkpoints.takes_all):
         return trainer.step
     epochs, rest = divmod(trainer.step, trainer.steps_per_epoch)
     try:
+        finish(log, checkpoints)  # its failure is no reason not to try again
         checkpoints.save(trainer.state(loss), trainer.step, epochs if rest == 0 else None)
+        if must:
+            checkpoints.wait()
     except OSError as error:
-        kept = f"{checkpoints.latest} is as it was" if checkpoints.latest.exists() else "there is none yet"
-        message = f"no checkpoint at step {trainer.step}: {error.strerror or error} ({checkpoints.folder}); {kept}"
+        message = failure(error, f" at step {trainer.step}", checkpoints)
         if must:
             raise OSError(message) from error
         log.say(f"warning: {message}")
     return trainer.step
+
+
+def finish(log: RunLog | NoLog, checkpoints: Checkpoints) -> None:
+    """Wait for the checkpoint that is being written, if one is; a failure is said."""
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        log.say(f"warning: {failure(error, '', checkpoints)}")
+
+
+def failure(error: OSError, where: str, checkpoints: Checkpoints) -> str:
+    """What a run says of a checkpoint that could not be written."""
+    kept = f"{checkpoints.latest} is as it was" if checkpoints.latest.exists() else "there is none yet"
+    return f"no checkpoint{where}: {error.strerror or error} ({checkpoints.folder}); {kept}"
 
 
 def write_parameters(config: Config) -> None:
