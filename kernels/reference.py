@@ -108,7 +108,8 @@ def add_layer_norm_ref(
     Shapes: x, residual [T, D]; weight, bias [D]; y is cast to `out_dtype` where one is given.
     """
     total = x if residual is None else x + residual
-    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    dtype = torch.promote_types(total.dtype, weight.dtype)  # torch takes weights narrower than x on no processor
+    y = F.layer_norm(total, weight.shape, weight.to(dtype), bias.to(dtype), eps)
     return y if out_dtype is None else y.to(out_dtype), total
 
 
