@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa import huggingface
+from fastjepa.sharding import like
 
 MODELS = ("encoder", "predictor", "target_encoder")
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint, ours or an official `.pth.tar`, or a folder of transformers' `IJepaModel`, as a dict on the CPU.
+
+    A run's own folder, to which several processes wrote, is read whole.
 
     Returns:
         Its entries, among them the state dicts `encoder`, `predictor` and `target_encoder` (no `module.` prefix) and
@@ -28,6 +32,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: a file that is not there, cannot be read, or lacks an entry; names the file and what is wrong.
     """
     path = Path(path)
+    if (path / ".metadata").is_file():
+        from fastjepa import dcp  # the import takes a while, and most checkpoints are files
+
+        return _checked(dcp.read(path), path)
     if path.is_dir():
         encoder, sizes = huggingface.read_encoder(path)
         models = {"encoder": encoder, "predictor": {}, "target_encoder": dict(encoder)}
@@ -45,6 +53,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} is damaged or no PyTorch checkpoint ({reason[:160]})") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, not a dict with {', '.join(MODELS)}")
+    return _checked(state, path)
+
+
+def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     missing = [name for name in (*MODELS, "epoch") if name not in state]
     if missing:
         raise ValueError(
@@ -58,22 +70,27 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load a state dict, all of it.
+    """Load a state dict, all of it; of a sharded model each process takes its part.
 
     Raises:
         ValueError: keys or shapes of another model; names the first that differ.
     """
     own = model.state_dict()
-    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    check_weights(own, {key: tensor.shape for key, tensor in state.items()}, what)
+    model.load_state_dict({key: like(state[key], tensor) for key, tensor in own.items()})
+
+
+def check_weights(own: Mapping[str, Tensor], found: Mapping[str, torch.Size], what: str) -> None:
+    """That a model's tensors are those of a state with these names and shapes; errors as `load_weights`."""
+    missing, unknown = [k for k in own if k not in found], [k for k in found if k not in own]
     if missing or unknown:
         differs = [f"{word} {keys[0]}{_more(keys)}" for word, keys in (("lacks", missing), ("has", unknown)) if keys]
         raise ValueError(f"{what} is of another model: beside the one built here it {' and '.join(differs)}")
     for key, tensor in own.items():
-        if tensor.shape != state[key].shape:
+        if tensor.shape != found[key]:
             raise ValueError(
-                f"{what} is of another model: {key} is {list(state[key].shape)} there and {list(tensor.shape)} here"
+                f"{what} is of another model: {key} is {list(found[key])} there and {list(tensor.shape)} here"
             )
-    model.load_state_dict(state)
 
 
 def _more(keys: list[str]) -> str:
@@ -100,10 +117,10 @@ def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
         if isinstance(error, RuntimeError):  # torch's zip writer reports a failed write so
             raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlast a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:

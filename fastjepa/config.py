@@ -113,6 +113,7 @@ class RuntimeConfig:
     save_every: int = 1000  # steps; a checkpoint is also saved at the end of each epoch
     save_minutes: float = 0.0  # and as soon as so many minutes have passed since the last; 0: by steps alone
     resume: bool = False  # go on from the folder's latest checkpoint where there is one, else start
+    checkpoint: str = "file"  # written by one process; "sharded": a folder, each process its part, training goes on
     keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
     attention: str = "auto"  # backend, as fastjepa.ops.ragged_attention takes it
     accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
@@ -120,6 +121,7 @@ class RuntimeConfig:
     narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
     fp8_target: bool = False  # the target encoder multiplies in 8 bits, on GPUs that can; its features are rounded more
     compress_gradients: bool = False  # sent between processes as bf16
+    shard: bool = False  # parameters, gradients and optimizer divided among the processes, to save memory (FSDP)
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
     max_skipped: int = 10  # steps in a row that may be skipped because loss or gradients are not finite
     profile: bool = False  # a few of the first steps: a trace and tables in the run's folder
@@ -312,6 +314,9 @@ def _check(config: Config, source: str) -> None:
             config.logging.every, config.logging.watch_every
         )
         < 1,
+        f"runtime.checkpoint must be file or sharded, got {runtime.checkpoint!r}": (
+            runtime.checkpoint not in ("file", "sharded")
+        ),
         "runtime.save_minutes must be at least 0": not runtime.save_minutes >= 0,
         "runtime.save_every and runtime.keep must be at least 1": min(runtime.save_every, runtime.keep) < 1,
         f"runtime.accumulate={runtime.accumulate} does not divide data.batch_size={data.batch_size}": (

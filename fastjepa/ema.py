@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastjepa import ops
 from fastjepa.ops import library
+from fastjepa.sharding import local
 
 if TYPE_CHECKING:
     from fastjepa.kernels.ema import MultiTensorEMA
@@ -216,7 +217,7 @@ def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, bool]]:
             for name, tensor in own.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    found[prefix + name] = _local(tensor), is_buffer
+                    found[prefix + name] = local(tensor), is_buffer
     return found
 
 
@@ -234,10 +235,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 # By what they can do: importing torch.distributed's tensors would slow the import of everyone who has none.
 def _is_sharded(module: nn.Module) -> bool:
     return hasattr(module, "reshard") and hasattr(module, "unshard")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from fastjepa.copies import set_current
 from fastjepa.kernels.reference import ema_update_ref_
 from fastjepa.ops.checks import is_expanded
+from fastjepa.sharding import is_sharded, local, summed, whole
 
 if TYPE_CHECKING:
     from fastjepa.kernels.adamw_ema import AdamWEMATensors, Hyperparameters, MultiTensorAdamWEMA
@@ -31,6 +32,9 @@ class AdamWEMA(torch.optim.AdamW):
     Targets and copies are moved at every step, also where a parameter has no gradient, takes none, or a gradient scaler
     skips it; a step that `skip_nonfinite` skips moves nothing. Gradients are left as they are: scaling and clipping
     happen on the way.
+
+    Parameters sharded by `fully_shard` go with targets sharded alike. Each process updates its own shards; the gradient
+    norm, where it is wanted, is that of all of them.
 
     Shapes:
         params, lr, betas, eps, weight_decay: as `torch.optim.AdamW`; further keys of a parameter group are kept.
@@ -204,13 +208,13 @@ class AdamWEMA(torch.optim.AdamW):
         states = [self.state.get(p, {}) for p in params]
         targets = [self._targets.get(p) for p in params]
         return AdamWEMATensors(
-            params=params,
+            params=_locals(params),
             groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
-            exp_avgs=[state.get("exp_avg") for state in states],
-            exp_avg_sqs=[state.get("exp_avg_sq") for state in states],
-            targets=targets,
-            param_copies=[self._copies.get(p) for p in params],
-            target_copies=[None if t is None else self._copies.get(t) for t in targets],
+            exp_avgs=_locals([state.get("exp_avg") for state in states]),
+            exp_avg_sqs=_locals([state.get("exp_avg_sq") for state in states]),
+            targets=_locals(targets),
+            param_copies=_locals([self._copies.get(p) for p in params]),
+            target_copies=_locals([None if t is None else self._copies.get(t) for t in targets]),
         )
 
     def _step_kernels(self) -> bool:
@@ -224,13 +228,14 @@ class AdamWEMA(torch.optim.AdamW):
         if not self._fits(params, grads):
             self._forget_tables()
             self._init_moments(params)
-            self._build(self._tensors(params))
+            self._build(params)
         tables = self._tables
         if tables is None:
             return False
         self.sync_hyperparameters()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        tables.update(grads, self._wants_norm(), self.skip_nonfinite, scale, found_inf)
+        total = next((summed(p) for p in params if is_sharded(p)), None)
+        tables.update(_locals(grads), self._wants_norm(), self.skip_nonfinite, scale, found_inf, total)
         self.grad_norm = tables.grad_norm if self._wants_norm() else None
         return True
 
@@ -239,7 +244,7 @@ class AdamWEMA(torch.optim.AdamW):
         tables = self._tables
         return (
             tables is not None
-            and _same(params, tables.tensors.params)
+            and _same(_locals(params), tables.tensors.params)
             and _same(self.state.values(), self._states)
             and all(s.get(name) is tensor for s, tensors in self._state_tensors for name, tensor in tensors.items())
             and all(g is None or m is not None for g, m in zip(grads, tables.tensors.exp_avgs, strict=True))
@@ -254,15 +259,16 @@ class AdamWEMA(torch.optim.AdamW):
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
-    def _build(self, tensors: AdamWEMATensors) -> None:
+    def _build(self, params: list[Tensor]) -> None:
         """Make the tables, if the kernel can take these tensors, and let the state show the steps they count."""
         from fastjepa.kernels.adamw_ema import MultiTensorAdamWEMA
 
+        tensors = self._tensors(params)
         obstacle = tensors.obstacle()
         if obstacle:
             self._say_once(obstacle)
             return
-        states = [self.state.get(p) for p in tensors.params]
+        states = [self.state.get(p) for p in params]
         zero = torch.zeros((), dtype=torch.float32, device="cpu")
         steps = [torch.as_tensor(state["step"], dtype=torch.float32) if state else zero for state in states]
         if any(step.device != steps[0].device for step in steps):
@@ -290,7 +296,7 @@ class AdamWEMA(torch.optim.AdamW):
             grads = [grad / scale for grad in grads]
         skip = found_inf is not None and bool(found_inf)
         if self._wants_norm():
-            norm = self.grad_norm = torch.nn.utils.get_total_norm(grads)
+            norm = self.grad_norm = whole(torch.nn.utils.get_total_norm(grads))
             if self.max_grad_norm is not None:
                 clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 grads = [grad * clip for grad in grads]
@@ -298,7 +304,7 @@ class AdamWEMA(torch.optim.AdamW):
                 return
         if not skip:
             self._adamw(dict(zip(with_grad, grads, strict=True)))
-        pairs = [(self._targets[p], p) for p in params if p in self._targets]
+        pairs = [(local(self._targets[p]), local(p)) for p in params if p in self._targets]
         ema_update_ref_([t for t, _ in pairs], [p for _, p in pairs], self.momentum)
         for tensor, copy in self._copies.items():
             copy.copy_(tensor)
@@ -311,9 +317,9 @@ class AdamWEMA(torch.optim.AdamW):
             params, _, *rest = lists
             beta1, beta2 = group["betas"]
             adamw(
-                params,
-                [grads[p] for p in params],
-                *rest,
+                _locals(params),
+                _locals([grads[p] for p in params]),
+                *map(_locals, rest),
                 foreach=group["foreach"],
                 capturable=group["capturable"] and bool(params) and params[0].device.type != "cpu",
                 differentiable=group["differentiable"],
@@ -327,6 +333,10 @@ class AdamWEMA(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
+
+
+def _locals(tensors: Sequence[Any]) -> list[Any]:
+    return [t if t is None else local(t) for t in tensors]
 
 
 def _same(some: Collection[object], others: Collection[object]) -> bool:
@@ -376,6 +386,8 @@ def _check_pairs(pairs: dict[Tensor, Tensor], what: str) -> None:
             raise ValueError(f"a {what} must be a tensor of a floating dtype, got {found}")
         if other.shape != tensor.shape:
             raise ValueError(f"a {what} of shape {list(other.shape)} for a tensor of shape {list(tensor.shape)}")
+        if is_sharded(other) != is_sharded(tensor) or local(other).shape != local(tensor).shape:
+            raise ValueError(f"a {what} that is not sharded as its tensor of shape {list(tensor.shape)}")
         if other.device != tensor.device:
             raise ValueError(f"a {what} on {other.device} for a tensor on {tensor.device}")
         if is_expanded(other):

@@ -22,7 +22,7 @@ whose blocks go 16 bytes at a time, or the number of them: scalar accesses, any 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -299,6 +299,7 @@ class MultiTensorAdamWEMA:
         skip_nonfinite: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        total: Callable[[Tensor], object] | None = None,
     ) -> None:
         """One step of every parameter that has a gradient, then the moving average and the copies of every one.
 
@@ -308,6 +309,7 @@ class MultiTensorAdamWEMA:
             skip_nonfinite: change nothing where that norm is not finite, targets and copies included.
             grad_scale: one element, by which the gradients are divided.
             found_inf: one element; where it is not 0, nothing is stepped, and targets and copies follow as ever.
+            total: sums a tensor over processes, in place, for the norm of gradients that lie in parts on them.
 
         Raises:
             ValueError: a sparse gradient, one of another dtype than fp32, fp16, bf16, or one without optimizer state.
@@ -320,7 +322,11 @@ class MultiTensorAdamWEMA:
         self.captured |= is_capturing(self._device)
         gradients = self._gradients.follow(addresses(grads), lambda: self.tensors.gradient_table(grads, self._paths))
         if norm:
+            if total is not None:
+                self._partials.zero_()  # places that this process leaves as they are may hold what others had there
             grad_norm_launch(self._table, gradients, self._chunks, self._partials, self._norm_config)
+            if total is not None:
+                total(self._partials)
         _adamw_ema_kernel[(len(self._chunks),)](
             tensors_ptr=self._table,
             gradients_ptr=gradients,

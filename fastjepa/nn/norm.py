@@ -25,7 +25,8 @@ class LayerNorm(nn.LayerNorm):
         """
         dtype = sum_dtype(x, residual)
         out_dtype = linear_dtype(x.device, dtype) if for_linear else dtype
-        if residual is None and not library.takes_kernels(x):
+        narrow = self.weight is not None and self.weight.dtype != x.dtype  # as FSDP gathers it
+        if residual is None and not library.takes_kernels(x) and not narrow:
             y = super().forward(x)
             return y.to(out_dtype) if for_linear else y
         flat = x.flatten(0, -2)

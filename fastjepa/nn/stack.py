@@ -12,6 +12,7 @@ from fastjepa import ops
 from fastjepa.nn.block import Block
 from fastjepa.nn.norm import add_norm
 from fastjepa.ops.rows import linear_dtype
+from fastjepa.sharding import is_hooked
 
 
 class Stack(nn.Module):
@@ -49,7 +50,7 @@ class Stack(nn.Module):
         recompute = self.recompute and torch.is_grad_enabled()
         for depth, block in enumerate(blocks):
             kept = keep if depth == len(blocks) - 1 else None
-            if isinstance(block, Block) and not (block._forward_hooks or block._forward_pre_hooks):
+            if isinstance(block, Block) and not is_hooked(block):
                 inputs = (x, offsets, max_length, kept, branch, True)
             else:
                 inputs = (x if branch is None else x + branch, offsets, max_length, kept)

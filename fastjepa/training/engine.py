@@ -25,6 +25,7 @@ from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set
 from fastjepa.objective import IJEPA
 from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
+from fastjepa.sharding import local
 from fastjepa.training.judging import Judging
 from fastjepa.training.log import NoLog, RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
@@ -69,8 +70,12 @@ class Trainer:
                 set_fp8(self.model.target_encoder)
             except ValueError as error:
                 raise ValueError(f"runtime.fp8_target: {error}") from None
-        self.forward = ranks.wrap(self.model, config.runtime.compress_gradients, config.runtime.accumulate)
-        self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
+        bf16, compress = config.meta.use_bfloat16, config.runtime.compress_gradients
+        if config.runtime.shard and ranks.world > 1:
+            self.forward = ranks.shard(self.model, self.device, bf16, compress)
+        else:
+            self.forward = ranks.wrap(self.model, compress, config.runtime.accumulate)
+        self.optimizer = build_optimizer(self.model, bf16)
         self.optimizer.skip_nonfinite = True
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
@@ -113,6 +118,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return (torch.stack(losses).sum(), torch.cat(features)) if len(losses) > 1 else (losses[0], features[0])
+
+    def is_finite(self) -> bool:
+        """Whether every weight is, in all processes, each of which asks."""
+        bad = torch.zeros((), device=self.device)
+        for tensor in self.model.state_dict().values():
+            bad += local(tensor).isfinite().all().logical_not()
+        return not self.ranks.total(bad)
 
     def state(self, loss: float) -> dict:
         """What a checkpoint of this moment holds."""
@@ -216,8 +228,8 @@ def _train(
     config: Config, ranks: Ranks, signals: StopSignals, on_step: Callable[[Trainer], None] | None
 ) -> TrainResult:
     batches, unreadable = prepare_data(config, ranks)
-    checkpoints = Checkpoints(config)
     trainer = Trainer(config, batches.steps_per_epoch, ranks)
+    checkpoints = Checkpoints(config, ranks, trainer.device)
     source = checkpoints.source()
     if source is not None:
         trainer.step = restore(source, config, trainer.model, trainer.optimizer, batches.steps_per_epoch)
@@ -248,10 +260,12 @@ def _train(
                     rows += report(log, meter, checkpoints, batches)
                     judging.look()
                 last = trainer.step == end or meter.stopped is not None
-                due = saves or (reports and checkpoints.is_due())
+                due = saves or (reports and checkpoints.is_due(trainer.device))
                 if last or (due and not meter.skipped.in_a_row):  # the newest one is from before such steps
                     saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=last)
-                    judging.offer(checkpoints.file(trainer.step), trainer.step)
+                    if judging.is_turn(trainer.step):
+                        finish(log, checkpoints)
+                        judging.offer(checkpoints.file(trainer.step), trainer.step)
                 if on_step is not None:
                     on_step(trainer)
                 if meter.stopped:
@@ -260,9 +274,10 @@ def _train(
                 judging.finish()
     except KeyboardInterrupt:  # a second one, or one raised by `on_step`
         log.say(f"stopped at step {trainer.step}; saving")
-        if trainer.step != saved:
+        if trainer.step != saved and not checkpoints.takes_all:  # the others may be anywhere
             save(log, trainer, checkpoints, rows[-1]["loss"] if rows else float("nan"), must=True)
     finally:
+        finish(log, checkpoints)
         log.close()
     if meter.stopped:
         log.say(f"stopped by {meter.stopped} at step {trainer.step}; runtime.resume=true goes on from there")
@@ -320,22 +335,24 @@ def report(
 
 
 def save(log: RunLog | NoLog, trainer: Trainer, checkpoints: Checkpoints, loss: float, must: bool) -> int:
-    """Write a checkpoint, one process for all, and return its step; a failure is said and, unless `must`, training
-    goes on.
+    """Write a checkpoint, for which every process calls this, and return its step; a failure is said, and ends the run
+    where it `must` be written.
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
     """
-    if not all(bool(tensor.isfinite().all()) for tensor in trainer.model.state_dict().values()):
+    if not trainer.is_finite():
         raise FloatingPointError(f"a weight is not finite at step {trainer.step}; {_newest(checkpoints)}")
-    if not trainer.ranks.leads:
+    if not (trainer.ranks.leads or checkpoints.takes_all):
         return trainer.step
     epochs, rest = divmod(trainer.step, trainer.steps_per_epoch)
     try:
+        finish(log, checkpoints)  # its failure is no reason not to try again
         checkpoints.save(trainer.state(loss), trainer.step, epochs if rest == 0 else None)
+        if must:
+            checkpoints.wait()
     except OSError as error:
-        kept = f"{checkpoints.latest} is as it was" if checkpoints.latest.exists() else "there is none yet"
-        message = f"no checkpoint at step {trainer.step}: {error.strerror or error} ({checkpoints.folder}); {kept}"
+        message = failure(error, f" at step {trainer.step}", checkpoints)
         if must:
             raise OSError(message) from error
         log.say(f"warning: {message}")
@@ -345,6 +362,20 @@ def save(log: RunLog | NoLog, trainer: Trainer, checkpoints: Checkpoints, loss: 
 def _newest(checkpoints: Checkpoints) -> str:
     there = checkpoints.latest.exists()
     return f"the last good checkpoint is {checkpoints.latest}" if there else "no checkpoint was saved before"
+
+
+def finish(log: RunLog | NoLog, checkpoints: Checkpoints) -> None:
+    """Wait for the checkpoint that is being written, if one is; a failure is said."""
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        log.say(f"warning: {failure(error, '', checkpoints)}")
+
+
+def failure(error: OSError, where: str, checkpoints: Checkpoints) -> str:
+    """What a run says of a checkpoint that could not be written."""
+    kept = f"{checkpoints.latest} is as it was" if checkpoints.latest.exists() else "there is none yet"
+    return f"no checkpoint{where}: {error.strerror or error} ({checkpoints.folder}); {kept}"
 
 
 def write_parameters(config: Config) -> None:

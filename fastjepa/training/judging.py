@@ -98,19 +98,24 @@ class Judging:
         if self.every:
             shutil.rmtree(self.work, ignore_errors=True)
 
+    def is_turn(self, step: int) -> bool:
+        """Whether `step` steps end an epoch that is to be judged; every process says the same."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        every = self.settings.every
+        return (
+            every > 0 and rest == 0 and epoch > 0 and (epoch % every == 0 or epoch == self.config.optimization.epochs)
+        )
+
     def offer(self, checkpoint: Path, step: int) -> None:
         """Judge `checkpoint`, of `step` steps, if it was written and ends an epoch whose turn it is, not judged so far.
 
         One that comes while another is judged is left out, aloud; the last of the run waits for its turn.
         """
-        epoch, rest = divmod(step, self.steps_per_epoch)
-        last = epoch == self.config.optimization.epochs
-        if not self.every or rest or not epoch or (epoch % self.every and not last):
+        if not self.every or not self.is_turn(step) or step in self.judged or not checkpoint.exists():
             return
-        if step in self.judged or not checkpoint.exists():
-            return
+        epoch = step // self.steps_per_epoch
         self.look()
-        if last:
+        if epoch == self.config.optimization.epochs:
             self.finish()
         if self.running is not None:
             self.say(f"epoch {epoch} is not evaluated: epoch {self.running.epoch} still is")
@@ -164,10 +169,10 @@ class Judging:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         kept = self.work / "checkpoint.pth.tar"
-        try:
-            os.link(checkpoint, kept)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(checkpoint, kept)
+        if checkpoint.is_dir():
+            shutil.copytree(checkpoint, kept, copy_function=_link)
+        else:
+            _link(checkpoint, kept)
         package = str(Path(fastjepa.__file__).parent.parent)  # where this one was imported from
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(self.work / "said.txt", "wb") as said:
@@ -189,6 +194,14 @@ class Judging:
         self.judged.add(done.step)
         marks = ", ".join(f"{row['probe']} ({row['features']}) {row['accuracy']} %" for row in rows)
         self.say(f"epoch {done.epoch} on {result['test']} held-out pictures: {marks}; RankMe {at['rankme']}")
+
+
+def _link(file: str | Path, name: str | Path) -> None:
+    """Another name of a file; a copy where the file system has no hard links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _keep_until(path: Path, step: int) -> set[int]:

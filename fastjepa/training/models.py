@@ -14,6 +14,7 @@ from fastjepa.flops import StepFlops, Tower
 from fastjepa.nn.init import init_weights
 from fastjepa.objective import IJEPA
 from fastjepa.optim import AdamWEMA
+from fastjepa.sharding import is_sharded
 
 ENCODERS = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
 
@@ -71,11 +72,13 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
 def build_optimizer(model: IJEPA, bf16: bool = False) -> AdamWEMA:
     """AdamW over the official groups and the target's EMA in one pass; set `.momentum` before each step.
 
-    `bf16`: the model's linear layers are given bf16 copies of their weights, which the optimizer keeps.
+    `bf16`: the model's linear layers are given bf16 copies of their weights, which the optimizer keeps; not where the
+    model is sharded, since its weights are gathered in bf16.
     """
     pairs = zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True)
     groups = parameter_groups(model.encoder, model.predictor)
-    copies = models.keep_copies(model) if bf16 else None
+    sharded = any(map(is_sharded, model.encoder.parameters()))
+    copies = models.keep_copies(model) if bf16 and not sharded else None
     optimizer = AdamWEMA(groups, target_params=dict(pairs), low_precision=copies)
     if model.encoder.pos_embed.device.type == "cpu":
         for group in optimizer.param_groups:
@@ -94,6 +97,6 @@ def step_flops(model: IJEPA) -> StepFlops:
     return StepFlops(
         tower(encoder.blocks, encoder.embed_dim),
         tower(predictor.predictor_blocks, predictor.predictor_embed.out_features),
-        encoder.patch_embed.proj.weight[0].numel(),
+        encoder.patch_embed.proj.weight.shape[1:].numel(),
         encoder.patch_embed.num_patches,
     )

@@ -18,6 +18,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from fastjepa.objective import IJEPA
+from fastjepa.sharding import shard
+
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 PATIENCE = 1800  # seconds for the first process to answer, as torch's process groups wait
@@ -75,7 +78,18 @@ class Ranks:
 
     def sends(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a part of a batch: gradients are sent with the last one."""
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return nullcontext()
         return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+    def shard(self, model: IJEPA, device: torch.device, bf16: bool = False, compress: bool = False) -> nn.Module:
+        """The model as it is called: divided among the processes, block by block, each with a part of every parameter.
+
+        `bf16`: weights are gathered in it. `compress`: gradients are sent as bf16.
+        """
+        shard(model, device, torch.bfloat16 if bf16 else None, torch.bfloat16 if compress else None)
+        return model
 
     def share(self, tokens: int, device: torch.device) -> Tensor | float:
         """What part of all processes' target tokens these `tokens` are; known on the device alone."""
@@ -83,6 +97,10 @@ class Ranks:
             return 1.0
         mine = torch.full((), float(tokens), device=device)
         return mine / self.total(mine.clone())
+
+    def leader_says(self, yes: bool, device: torch.device) -> bool:
+        """What the leader has said here, for what all must do alike and only their own clocks tell."""
+        return bool(self.total(torch.full((), float(yes and self.leads), device=device)))
 
     @property
     def leads(self) -> bool:

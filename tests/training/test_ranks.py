@@ -87,7 +87,20 @@ def run(world: int, config, folder: Path, *overrides: str) -> dict:
     """What a run in `world` processes has left in its newest checkpoint."""
     done = subprocess.run(launched(world, config, folder, *overrides), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return read_checkpoint(Path(config.logging.folder) / "jepa-latest.pth.tar")
+    return newest(config)
+
+
+def newest(config) -> dict:
+    """The newest checkpoint of a run, of either kind."""
+    kind = "" if config.runtime.checkpoint == "sharded" else ".pth.tar"
+    return read_checkpoint(Path(config.logging.folder) / f"jepa-latest{kind}")
+
+
+def scripted(world: int, config, folder: Path, script: str) -> list[str]:
+    """The command that runs a script, with the configuration's file as its argument, in `world` processes."""
+    launcher = launched(world, config, folder)
+    (folder / "train.py").write_text(script)
+    return [*launcher[: launcher.index("-m", 2)], str(folder / "train.py"), str(folder / "config.yaml")]
 
 
 def config_of(pictures, folder: Path, batch_size: int, **runtime):
@@ -116,7 +129,19 @@ def assert_same(found: dict, wanted: dict) -> None:
     assert found["fastjepa"]["step"] == wanted["fastjepa"]["step"]
 
 
-@pytest.mark.parametrize("world, runtime", [(2, {}), (2, {"accumulate": 2}), (4, {})])
+SHARDED = {"shard": True, "checkpoint": "sharded"}
+
+
+@pytest.mark.parametrize(
+    "world, runtime",
+    [
+        (2, {}),
+        (2, {"accumulate": 2}),
+        (4, {}),
+        (2, {"shard": True, "accumulate": 2, "activation_checkpointing": True}),
+        (4, SHARDED),
+    ],
+)
 def test_several_processes_come_to_what_one_comes_to(pictures, tmp_path, alone, world, runtime):
     found = run(world, config_of(pictures, tmp_path, 8 // world, **runtime), tmp_path)
     assert_same(found, alone)
@@ -127,6 +152,66 @@ def test_several_processes_come_to_what_one_comes_to(pictures, tmp_path, alone, 
 def test_a_run_goes_on_with_another_number_of_processes(pictures, tmp_path, alone):
     run(2, config_of(pictures, tmp_path, 4, stop_after=5), tmp_path)
     assert_same(run(1, config_of(pictures, tmp_path, 8, resume=True), tmp_path), alone)
+
+
+def test_a_run_goes_on_with_other_processes_and_other_checkpoints(pictures, tmp_path, alone):
+    """Sharded, then one process and a file, then shards again."""
+    run(2, config_of(pictures, tmp_path, 4, stop_after=4, **SHARDED), tmp_path)
+    assert not (tmp_path / "jepa-latest.pth.tar").exists()
+    run(1, config_of(pictures, tmp_path, 8, stop_after=7, resume=True), tmp_path)
+    assert not (tmp_path / "jepa-latest").exists()
+    assert_same(run(2, config_of(pictures, tmp_path, 4, resume=True, **SHARDED), tmp_path), alone)
+    assert sorted(p.name for p in tmp_path.glob("*step*")) == ["jepa-step00000009", "jepa-step00000010"]
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(pictures, tmp_path, alone):
+    """Every process has written its part, and the one that would say so is gone."""
+    config = config_of(pictures, tmp_path, 4, save_every=2, **SHARDED)
+    command = scripted(
+        2,
+        config,
+        tmp_path,
+        "import os, signal, sys\n"
+        "from fastjepa import dcp\n"
+        "from fastjepa.config import load_config\n"
+        "from fastjepa.training import train\n"
+        "finish, saves = dcp._Writer.finish, []\n"
+        "def strike(writer, *rest):\n"
+        "    saves.append(writer)\n"
+        "    if len(saves) == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    finish(writer, *rest)\n"
+        "dcp._Writer.finish = strike\n"
+        "train(load_config(sys.argv[1]))\n",
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert newest(config)["fastjepa"]["step"] == 3  # saved after steps 2 and 3, an epoch, and then never
+    (part,) = tmp_path.glob(".jepa-step*.part")
+    assert len(list(part.glob("*.distcp"))) == 2
+    assert_same(run(2, config, tmp_path, "runtime.resume=true"), alone)
+    assert not list(tmp_path.glob(".jepa*"))
+
+
+def test_a_process_that_lags_changes_nothing(pictures, tmp_path, alone):
+    """Nor does the number of workers that read pictures."""
+    config = config_of(pictures, tmp_path, 4, **SHARDED)
+    command = scripted(
+        2,
+        config,
+        tmp_path,
+        "import os, sys, time\n"
+        "from fastjepa.config import load_config\n"
+        "from fastjepa.training import train\n"
+        "def lag(trainer):\n"
+        "    if trainer.step in (2, 3, 7) and os.environ['RANK'] == '1':\n"
+        "        time.sleep(0.5)\n"
+        "if __name__ == '__main__':\n"
+        "    train(load_config(sys.argv[1], ['data.num_workers=2']), lag)\n",
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(newest(config), alone)
 
 
 def test_a_process_that_dies_is_started_again(pictures, tmp_path, alone):
@@ -204,11 +289,11 @@ def test_what_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_path)
     assert found[1][1] == found[2][1] == list("0001100100")
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_the_run_can_go_on(pictures, tmp_path, world, name):
-    if world == 2 and name == "SIGUSR1":
-        pytest.skip("torchrun passes on SIGTERM alone; srun signals every task")
+@pytest.mark.parametrize(
+    "world, name, kind",  # torchrun passes on SIGTERM alone; srun signals every task
+    [(1, "SIGTERM", {}), (1, "SIGUSR1", {}), (2, "SIGTERM", {}), (2, "SIGTERM", SHARDED)],
+)
+def test_a_signal_saves_and_the_run_can_go_on(pictures, tmp_path, world, name, kind):
     config = tiny_config(
         pictures,
         tmp_path,
@@ -216,7 +301,7 @@ def test_a_signal_saves_and_the_run_can_go_on(pictures, tmp_path, world, name):
         mask={"ragged": True},
         optimization={"epochs": 500, "warmup": 1},
         logging={"every": 1},
-        runtime={"save_every": 10**6},
+        runtime={"save_every": 10**6, **kind},
     )
     process = subprocess.Popen(launched(world, config, tmp_path), stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "jepa_r0.csv"
@@ -230,7 +315,7 @@ def test_a_signal_saves_and_the_run_can_go_on(pictures, tmp_path, world, name):
     assert "runtime.resume=true goes on from there" in said
     if world == 1:
         assert process.returncode == 75
-    step = read_checkpoint(tmp_path / "jepa-latest.pth.tar")["fastjepa"]["step"]
+    step = newest(config)["fastjepa"]["step"]
     assert step >= 3
     again = run(1, config, tmp_path, "runtime.resume=true", f"runtime.stop_after={step + 2}", "data.batch_size=2") \
         if world == 1 else None  # fmt: skip
