@@ -107,7 +107,12 @@ class Bench:
         settings = [f"data.root_path={self.folder}/pictures", f"logging.folder={folder}", f"data.batch_size={BATCH}"]
         settings += ["data.crop_size=32", "mask.patch_size=4", "meta.embed_dim=24", "meta.depth=2", "meta.num_heads=2"]
         settings += ["meta.pred_depth=1", "meta.pred_emb_dim=24", "runtime.resume=true", "runtime.progress=false"]
-        settings += [f"optimization.epochs={STEPS * BATCH // PICTURES}", "runtime.save_every=7", "logging.every=3"]
+        settings += [
+            f"optimization.epochs={STEPS * BATCH // PICTURES}",
+            "runtime.save_every=7",
+            "runtime.keep=2",
+            "logging.every=3",
+        ]
         return load_config("demo", [*settings, *more])
 
     def fresh(self, *more: str) -> Config:
