@@ -17,7 +17,7 @@ COMPARED = ("kill", "term", "disk", "weight", "worker", "cut")  # with the undis
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Iterator[faults.Bench]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faults, "STEPS", 72)
+        patch.setattr(faults, "STEPS", 36)
         yield faults.Bench(tmp_path_factory.mktemp("bench"))
 
 
