@@ -20,6 +20,7 @@ SUITES = {
     "step": "whole training steps: eager, compiled and ours in one run",
     "curve": "500 steps of training in bf16: ours within the scatter of eager's seeds",
     "scaling": "a training step against batch, tokens, width and parameters",
+    "methods": "a step of MAE and data2vec on the same kernels, beside I-JEPA's",
     "swap": "models of other codebases before and after fastjepa.patch",
     "masks": "what drawing masks costs",
     "input": "what reading pictures costs",

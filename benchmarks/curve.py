@@ -22,12 +22,13 @@ from benchmarks.ways import Eager, Fast, Way, naive_models
 from fastjepa.config import Config, load_config
 from fastjepa.data import Batch
 from fastjepa.demo import CONTRAST, GREY, demo_data
-from fastjepa.nn import set_narrow_stream
+from fastjepa.nn import set_fp8, set_narrow_stream
 from fastjepa.schedules import Schedules
 from fastjepa.training import build_models
 from fastjepa.training.engine import prepare_data, seed_everything
 
-WAYS = ("eager", "fastjepa", "fastjepa narrow stream")
+WAYS = ("eager", "fastjepa", "fastjepa narrow stream", "fastjepa fp8 target")
+STYLES = ((":", "#444444"), ("-", "#0b3c6f"), ("--", "#c8501e"), ("-.", "#3f8f3f"))
 WINDOW = 25  # steps that are averaged before curves are compared
 # Learning rate and momentum as published for large models: at those of the demo, a training of minutes, the loss is a
 # matter of luck, and runs that differ in the last bit come apart.
@@ -120,7 +121,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     steps = [WINDOW * (i + 0.5) for i in range(len(curves["eager"][0]))]
     low, high = ([limit(at) for at in zip(*curves["eager"], strict=True)] for limit in (min, max))
     axes.fill_between(steps, low, high, color="#d0d0d0", label=f"eager, between its {len(curves['eager'])} seeds")
-    for name, style in ((WAYS[0], (":", "#444444")), (WAYS[1], ("-", "#0b3c6f")), (WAYS[2], ("--", "#c8501e"))):
+    for name, style in zip(WAYS, STYLES, strict=True):
         for place, curve in enumerate(curves[name]):
             axes.plot(steps, curve, linestyle=style[0], color=style[1], lw=1.3, label=name if place == 0 else None)
     axes.set_xlabel("step")
@@ -146,6 +147,7 @@ def _way(config: Config, name: str) -> Way:
     if name == "eager":
         return Eager(naive_models(model), bf16=True)
     set_narrow_stream(model, name.endswith("narrow stream"))
+    set_fp8(model.target_encoder, name.endswith("fp8 target"))
     return Fast(model, bf16=True)
 
 

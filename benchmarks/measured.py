@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from fastjepa.chips import CHIPS
+from fastjepa.chips import CHIPS, chip
 from fastjepa.cli import parser
-from fastjepa.plan import Order, plan, render
+from fastjepa.plan import Order, field_table, flops_per_image, plan, recipe, render
 from fastjepa.plan.assumed import ASSUMPTIONS, LIKE, NETWORK, Assumption, fraction
 from fastjepa.plan.layers import IMPLEMENTATIONS, LAYERS, Values
 from fastjepa.plan.measured import PACKAGED, is_used, used_of
+from fastjepa.plan.planning import IMAGENET
+from fastjepa.plan.work import Models, draw
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "planner.md"
 EXAMPLE = "fastjepa plan --model vit_huge --patch-size 14 --gpu a100-80g --gpus 16"
@@ -42,7 +44,8 @@ def documented(text: str) -> str:
 def sections() -> dict[str, str]:
     """Name -> Markdown of what the document takes from the code."""
     layers = [f"{name}:\n\n{_layer(name)}" for name in IMPLEMENTATIONS]
-    return {"example": _example(), "layers": "\n\n".join(layers), "assumptions": _assumptions(), "chips": _chips()}
+    found = {"example": _example(), "layers": "\n\n".join(layers), "assumptions": _assumptions(), "chips": _chips()}
+    return found | {"field": field_table(), "costs": _costs(), "methods": _methods()}
 
 
 def main() -> None:
@@ -92,6 +95,42 @@ def _chips() -> str:
         for c in CHIPS
     ]  # fmt: skip
     return _table(heads, rows)
+
+
+def _costs() -> str:
+    """What a step of each method computes, with one encoder, and what that comes to in 300 epochs."""
+    rows = []
+    for model, patch in (("vit_base", 16), ("vit_large", 16), ("vit_huge", 14)):
+        config = recipe(None, {"model": model, "patch_size": patch, "batch_size": 128})
+        models = Models.build(config)
+        count = models.flops
+        ours = {
+            f"I-JEPA, {name}": sum(f.total for f in count.parts(draw(config, 128, ragged).mean.tokens).values()) / 128
+            for name, ragged in (("truncated", False), ("ragged", True))
+        }
+        found = ours | flops_per_image(count.encoder, count.patch_values, count.num_patches)
+        for method, flops in found.items():
+            hours = flops * IMAGENET * 300 / (chip("a100-80g").flops * 3600)
+            rows.append([f"{model}/{patch}", method, f"{flops / 1e9:,.0f}", f"{hours:,.0f}", f"{2 * hours:,.0f}"])
+    return _table(["encoder", "method", "GFLOP an image", "A100-hours at the peak", "at half of it"], rows)
+
+
+def _methods() -> str:
+    """The committed rows of the `methods` suite, with their command and machine."""
+    sections = []
+    for run in results.committed():
+        if run["suite"] == "methods":
+            rows = [
+                [r["method"], r["model"], str(r["batch"]), r["dtype"], f"{r['gflop_per_image']:.1f}", f"{r['ms']:,.0f}",
+                 f"{r['images_per_second']:.2f}", f"{r['of_matmul_rate']:.0%}"]
+                for r in run["rows"] if r.get("ms")
+            ]  # fmt: skip
+            heads = ["step of", "encoder", "batch", "dtype", "GFLOP an image", "ms", "images/s", "of matmul rate"]
+            machine = run["machine"]
+            threads = f", {machine['threads']} threads" if machine["kind"] == "cpu" else ""
+            sections.append(f"{_table(heads, rows)}\n\n`{run['command']}` on {machine['device']}{threads}; torch "
+                            f"{machine['torch']}; commit {machine['commit']}; {run['date'][:10]}")  # fmt: skip
+    return "\n\n".join(sections) or "Not measured yet."
 
 
 def _number(assumption: Assumption) -> str:

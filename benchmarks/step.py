@@ -330,7 +330,7 @@ def _time(work: Work, steps: int, timed: list[tuple[dict, Way]]) -> None:
 
 
 def _fill(work: Work, row: dict, laps: list[dict[str, float]], batches: list[tuple[Masks, Masks]]) -> None:
-    """Times, rates and shares of a row from its steps."""
+    """Times, rates and shares of a row from its steps: the median step, and each part's mean as tokens are a mean."""
     whole = [sum(seconds.values()) for seconds in laps]
     median = statistics.median(whole)
     flops = step_flops(replace(work, device=torch.device("meta")).model())
@@ -349,7 +349,7 @@ def _fill(work: Work, row: dict, laps: list[dict[str, float]], batches: list[tup
         "flops_per_image": counted / work.batch,
         "mfu": counted / median / chip.flops if chip else None,
         "of_matmul_rate": counted / median / matmul_rate(work.device),
-        "parts_ms": {part: 1e3 * statistics.median(seconds[part] for seconds in laps) for part in PARTS},
+        "parts_ms": {part: 1e3 * statistics.mean(seconds[part] for seconds in laps) for part in PARTS},
     }
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -171,6 +172,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--measured", type=Path, metavar="JSON", help="results of the step suite in place of those shipped"
     )
     plan.add_argument("--check", action="store_true", help="predict every measured step from the others, and no run")
+    plan.add_argument("--field", action="store_true", help="what other methods are published to reach and to cost")
     plan.add_argument("--json", metavar="FILE", help="write the plan there, - for standard output")
     plan.set_defaults(run=_plan)
 
@@ -309,6 +311,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         if arguments.json != "-":
             print(plan.render_check(found))
         return 0 if all(compared.within() for compared in found) else 1
+    if arguments.field:
+        if arguments.json:
+            _write_json([asdict(published) for published in plan.FIELD], arguments.json)
+        if arguments.json != "-":
+            print(plan.field_table())
+        return 0
     order = plan.Order.of(vars(arguments))
     result = plan.plan(order, arguments.masking, arguments.measured)
     if arguments.json:

@@ -107,7 +107,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream`; on `attention` and
+    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream` and
+    `fp8_target`; on `attention` and
     `accumulate` in their last digits; on nothing else here."""
 
     device: str = "auto"
@@ -120,6 +121,7 @@ class RuntimeConfig:
     accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
     activation_checkpointing: bool = False  # compute a block's inside again in the backward pass, to save memory
     narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
+    fp8_target: bool = False  # the target encoder multiplies in 8 bits, on GPUs that can; its features are rounded more
     compress_gradients: bool = False  # sent between processes as bf16
     stop_after: int | None = None  # stop, resumable, once this many steps are done in all
     max_skipped: int = 10  # steps in a row that may be skipped because loss or gradients are not finite
@@ -128,8 +130,21 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Probes of the target encoder during training, by `fastjepa eval` in a process of its own; `every: 0` has none."""
+
+    every: int = 0  # epochs; the last is always judged too
+    data: str | None = None  # labelled pictures, as `fastjepa eval --data`; the training pictures' folder if not given
+    test: str | None = None  # as `fastjepa eval --test`
+    probes: str = "linear,knn"
+    workers: int = 0  # that read its pictures
+    device: str = "auto"  # the one that is trained on
+
+
+@dataclass(frozen=True)
 class Config:
-    """A run. Sections `data`, `mask`, `meta`, `optimization`, `logging` are the official ones; `runtime` is ours."""
+    """A run. Sections `data`, `mask`, `meta`, `optimization`, `logging` are the official ones; `runtime` and
+    `evaluation` are ours."""
 
     data: DataConfig
     logging: LoggingConfig
@@ -137,6 +152,7 @@ class Config:
     meta: MetaConfig = field(default_factory=MetaConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dicts of plain values, as YAML and checkpoints hold them."""
@@ -339,8 +355,13 @@ def _check(config: Config, source: str) -> None:
         f"logging.write_tag must be a plain file name, got {config.logging.write_tag!r}": (
             not re.fullmatch(r"[^/\\\0:*?\[\]]+", config.logging.write_tag) or config.logging.write_tag[0] == "."
         ),
+        "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
         "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,
         "runtime.seed must be at least 0": runtime.seed < 0,
+        "evaluation.every and evaluation.workers must be at least 0": min(
+            config.evaluation.every, config.evaluation.workers
+        )
+        < 0,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:

@@ -119,3 +119,14 @@ def add_layer_norm_ref(
 def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) with the exact (erf) GELU. Shapes: x [T, D]; bias [D]."""
     return F.gelu(x + bias).to(x.dtype)
+
+
+def quantise_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, scale) with q * scale nearest to x, scale = max |row| / 448.
+
+    Shapes: x [T, D] -> q [T, D] float8_e4m3fn, scale fp32 [T, 1].
+    """
+    x = x.float()
+    most = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    inverse = torch.full_like(most, 448.0) / torch.where(most > 1e-30, most, 1.0)
+    return (x * inverse).to(torch.float8_e4m3fn), most / 448.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import random
@@ -62,6 +63,7 @@ def seeds() -> None:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory holds NaN (floats) or the largest value (integers), so that a place left unwritten shows."""
+    importlib.import_module("torch._dynamo")  # notes as it is imported which functions are torch's own
 
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(make)

@@ -101,6 +101,7 @@ def tiny_config(pictures: Path, folder: Path, **changes: dict[str, Any]) -> Conf
         "optimization": {"epochs": 2, "warmup": 1},
         "logging": {"folder": str(folder), "every": 3, "watch_every": 4},
         "runtime": {"progress": False, "save_every": 5, "device": "cpu"},
+        "evaluation": {},
     }
     for section, values in changes.items():
         tree[section] |= values

@@ -43,7 +43,7 @@ LAYERS = (
     ("training",),
     ("demo", "doctor", "export", "plan"),
     ("cli",),
-    ("__main__",),
+    ("__main__", "apart"),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 LEAVES = set(LAYERS[0]) - {"kernels"}

@@ -1,7 +1,7 @@
 """Modules: the models of I-JEPA and the pieces they are made of."""
 
 from fastjepa.nn.block import MLP, Block
-from fastjepa.nn.linear import Linear, keep_copies
+from fastjepa.nn.linear import Linear, keep_copies, set_fp8
 from fastjepa.nn.padding import set_token_multiple
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.predictor import VisionTransformerPredictor, vit_predictor
@@ -28,6 +28,7 @@ __all__ = [
     "keep_copies",
     "set_activation_checkpointing",
     "set_attention_backend",
+    "set_fp8",
     "set_narrow_stream",
     "set_token_multiple",
     "vit_base",

@@ -18,6 +18,7 @@ KERNELS: dict[str, str | None] = {
     "AdamWEMA": "adamw_ema",
     "layer_norm": "layer_norm",
     "gelu": "gelu",
+    "quantise_rows": "fp8",
 }
 
 

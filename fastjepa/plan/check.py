@@ -38,7 +38,7 @@ def check(measured: Sequence[Measured]) -> list[Compared]:
     found = []
     for one in measured:
         others = [m for m in measured if _kin(m) == _kin(one) and _work(m) != _work(one)]
-        fractions = fractions_of(others or [one], one.step, one.row)
+        fractions = fractions_of(others or [one], one.step, one.row, one.peak, one.bandwidth)
         predicted = sum(part.seconds for part in parts(one.step, one.peak, one.bandwidth, fractions).values())
         basis = "other steps of the machine" if others else "its own parts: there is no other step"
         found.append(Compared(one, 1e3 * predicted, basis))

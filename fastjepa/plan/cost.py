@@ -69,6 +69,12 @@ class Step:
         """Bytes that turning a number of the stream's precision into the branches' moves, or the other way."""
         return sum(self.precision) if self.precision.mixed else 0
 
+    def passes(self, part: str) -> int:
+        """Through a layer, forward one and backward two; loss and optimizer are one."""
+        flops = self.models.flops
+        layers = {"target": flops.encoder.layers, "context": 3 * flops.encoder.layers}
+        return (layers | {"predictor": 3 * flops.predictor.layers}).get(part, 1)
+
     def costs(self) -> dict[str, Cost]:
         """Of each of `PARTS`, context and predictor with their backward passes."""
         flops, moved = self.flops(), self.moved()

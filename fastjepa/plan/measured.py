@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastjepa.chips import Chip, chip
 from fastjepa.config import Config, parse_config
 from fastjepa.plan.cost import PARTS, Step
@@ -16,8 +18,8 @@ from fastjepa.plan.layers import AUTOCAST, FP32
 from fastjepa.plan.work import Models, draw
 
 FORMAT, VERSION = "fastjepa benchmarks", 1
+SHARPNESS = 2.0  # of the weights of measured rows; by leaving out one at a time, of 0, 1/2, 1 and 2
 PACKAGED = Path(__file__).with_name("measured.json")
-NEAREST = 3  # rows that an efficiency is the mean of
 NEEDED = {
     "model": str, "pixels": int, "batch": int, "dtype": str, "predictor_depth": int, "predictor_width": int,
     "context_tokens": float, "target_tokens": float, "npred": int, "ms": float, "parts_ms": dict,
@@ -45,7 +47,7 @@ class Measured:
         device: of the machine, with its threads where it is a processor. kind: "cuda" or "cpu". chip: by name, if it is
             in `fastjepa.chips`. peak, bandwidth: its roof, of a known chip's data sheet, else as measured of matmul and
             copy.
-        row, model, batch, dtype: as in the row. step: what was counted of it. ms, parts_ms: what was measured.
+        row, model, batch, dtype: as in the row. step: what was counted of it. parts_ms: what was measured, as means.
         watts: while it ran, None where nobody told.
     """
 
@@ -59,19 +61,30 @@ class Measured:
     batch: int
     dtype: str
     step: Step
-    ms: float
     parts_ms: dict[str, float]
     watts: float | None
+
+    @property
+    def ms(self) -> float:
+        """Of the whole step."""
+        return sum(self.parts_ms.values())
 
     @property
     def implementation(self) -> str:
         """One of `IMPLEMENTATIONS`."""
         return self.step.implementation
 
+    def floor(self, part: str) -> float:
+        """Seconds of a part at the whole of the roof."""
+        return self.step.costs()[part].seconds(self.peak, self.bandwidth)
+
+    def seconds(self, part: str) -> float:
+        """Seconds that a part took."""
+        return self.parts_ms[part] / 1e3
+
     def fractions(self) -> dict[str, float]:
         """What each part reached of the roof."""
-        costs = self.step.costs()
-        return {part: 1e3 * costs[part].seconds(self.peak, self.bandwidth) / self.parts_ms[part] for part in PARTS}
+        return {part: self.floor(part) / self.seconds(part) for part in PARTS}
 
     def __str__(self) -> str:
         return f"{self.row}, {self.model}, batch {self.batch}, {self.dtype} on {self.device}"
@@ -152,24 +165,30 @@ def images_per_core(runs: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
     return max(rates, default=None)
 
 
-def nearest(rows: Sequence[Measured], step: Step, part: str, row: str) -> list[Measured]:
-    """The rows whose `part` is most like that of `step`, `NEAREST` of them: those called `row` before others.
+def unlikeness(measured: Measured, step: Step, part: str, row: str) -> float:
+    """Of a measured row and `part` of a step that is called `row`, by which a row's weight falls: 0 of the very same.
 
-    Likeness: by how much width and number of tokens differ, as logarithms, the width counting twice.
+    Width and number of tokens differ as logarithms, the width counting twice; another name of a row counts 1.
     """
-    same = [r for r in rows if r.row == row] or list(rows)
-    width, tokens = _size(step, part)
-
-    def distance(measured: Measured) -> float:
-        w, t = _size(measured.step, part)
-        return 2 * abs(math.log(w / width)) + abs(math.log(t / tokens))
-
-    return sorted(same, key=distance)[:NEAREST]
+    (width, tokens), (w, t) = _size(step, part), _size(measured.step, part)
+    return 2 * abs(math.log(w / width)) + abs(math.log(t / tokens)) + (measured.row != row)
 
 
-def mean_fraction(rows: Sequence[Measured], part: str) -> float:
-    """What `part` reached of the roof in these rows: of as much work in each."""
-    return len(rows) / sum(1 / r.fractions()[part] for r in rows)
+def fitted(rows: Sequence[Measured], step: Step, part: str, row: str) -> tuple[float, float]:
+    """(slope, each) of the seconds that `part` took in rows like `step`: slope * floor + each * passes through layers.
+
+    Floor: at the whole of the roof. Least squares of the relative error, rows weighted by exp(-SHARPNESS * unlikeness),
+    both at least 0. `each` is what a layer takes however few its tokens are; 0 where all rows do as much in a pass.
+    """
+    weights = np.exp([-SHARPNESS * unlikeness(r, step, part, row) for r in rows])
+    shares = np.array([[r.floor(part), r.step.passes(part)] for r in rows]) / [[r.seconds(part)] for r in rows]
+    sizes, root = np.linalg.norm(shares, axis=0), np.sqrt(weights)
+    found, _, rank, _ = np.linalg.lstsq(root[:, None] * shares / sizes, root, rcond=1e-3)
+    if rank == 2 and found.min() > 0:
+        slope, each = found / sizes
+        return float(slope), float(each)
+    floors = shares[:, 0]
+    return float(weights @ floors / (weights @ floors**2)), 0.0
 
 
 def _size(step: Step, part: str) -> tuple[float, float]:
@@ -227,7 +246,6 @@ def _measured(
         batch=row["batch"],
         dtype=row["dtype"],
         step=step,
-        ms=row["ms"],
         parts_ms={part: float(row["parts_ms"][part]) for part in PARTS},
         watts=joules * row["batch"] / row["ms"] if joules else None,  # joules a 1000 images, ms a batch
     )

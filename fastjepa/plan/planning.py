@@ -13,7 +13,7 @@ from fastjepa.config import Config
 from fastjepa.plan import assumed
 from fastjepa.plan.cost import Step
 from fastjepa.plan.layers import IMPLEMENTATIONS
-from fastjepa.plan.measured import PACKAGED, Measured, images_per_core, nearest, read_runs, steps_of
+from fastjepa.plan.measured import PACKAGED, Measured, images_per_core, read_runs, steps_of, unlikeness
 from fastjepa.plan.memory import Memory, largest
 from fastjepa.plan.predict import Communication, Part, communication, gpu_fractions, parts
 from fastjepa.plan.recipe import SETTINGS, recipe
@@ -281,7 +281,7 @@ def _watts(order: Order, step: Step, row: str, rows: Sequence[Measured]) -> tupl
     if not same:
         source = f"assumed: the limit of the board all the time ({order.chip.source}); hosts and cooling are not in it"
         return float(order.chip.watts), source
-    near = nearest(same, step, "context", row)[0]
+    near = min(same, key=lambda m: unlikeness(m, step, "context", row))
     assert near.watts is not None
     return near.watts, f"measured: what the GPU took in {near}; hosts and cooling are not in it"
 

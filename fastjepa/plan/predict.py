@@ -9,7 +9,7 @@ from fastjepa.chips import Chip
 from fastjepa.plan import assumed
 from fastjepa.plan.assumed import Fraction
 from fastjepa.plan.cost import PARTS, WIDE, Step
-from fastjepa.plan.measured import Measured, mean_fraction, nearest
+from fastjepa.plan.measured import Measured, fitted, unlikeness
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,18 @@ def parts(step: Step, peak: float, bandwidth: float, fractions: Mapping[str, Fra
     return found
 
 
-def fractions_of(rows: Sequence[Measured], step: Step, row: str, carried: str = "") -> dict[str, Fraction]:
-    """What the parts of `step` reach by the measured rows that are most like it."""
+def fractions_of(
+    rows: Sequence[Measured], step: Step, row: str, peak: float, bandwidth: float, carried: str = ""
+) -> dict[str, Fraction]:
+    """What the parts of `step` reach of a roof by measured rows of its implementation."""
     found = {}
-    for part in PARTS:
-        near = nearest(rows, step, part, row)
-        more = f" and {len(near) - 1} more" if len(near) > 1 else ""
-        found[part] = Fraction(mean_fraction(near, part), f"measured: {near[0]}{more}{carried}")
+    for part, cost in step.costs().items():
+        slope, each = fitted(rows, step, part, row)
+        floor = cost.seconds(peak, bandwidth)
+        reached = floor / (slope * floor + each * step.passes(part))
+        nearest = min(rows, key=lambda r: unlikeness(r, step, part, row))
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        found[part] = Fraction(reached, f"measured: {nearest}{more}{carried}")
     return found
 
 
@@ -73,7 +78,8 @@ def gpu_fractions(measured: Sequence[Measured], step: Step, row: str, chip: Chip
     rows = [m for m in measured if m.kind == "cuda" and m.chip and m.implementation == step.implementation]
     own = [m for m in rows if m.chip == chip.name]
     if rows:
-        return fractions_of(own or rows, step, row, "" if own else f"; carried over to {chip.name}")
+        carried = "" if own else f"; carried over to {chip.name}"
+        return fractions_of(own or rows, step, row, chip.flops, chip.bandwidth, carried)
     return dict.fromkeys(PARTS, assumed.fraction(step.implementation, chip.name))
 
 

@@ -21,10 +21,11 @@ from fastjepa.data import Augment, Batch, TrainingBatches, choose_engine, find_i
 from fastjepa.data.batches import Unreadable
 from fastjepa.evaluation.features import MEAN, STD
 from fastjepa.masks import MaskCollator
-from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set_narrow_stream
+from fastjepa.nn import set_activation_checkpointing, set_attention_backend, set_fp8, set_narrow_stream
 from fastjepa.objective import IJEPA
 from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
+from fastjepa.training.judging import Judging
 from fastjepa.training.log import NoLog, RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
 from fastjepa.training.profile import profiled
@@ -63,6 +64,11 @@ class Trainer:
             raise ValueError(f"runtime.attention: {error}") from None
         set_activation_checkpointing(self.model, config.runtime.activation_checkpointing)
         set_narrow_stream(self.model, config.runtime.narrow_stream)
+        if config.runtime.fp8_target:
+            try:
+                set_fp8(self.model.target_encoder)
+            except ValueError as error:
+                raise ValueError(f"runtime.fp8_target: {error}") from None
         self.forward = ranks.wrap(self.model, config.runtime.compress_gradients, config.runtime.accumulate)
         self.optimizer = build_optimizer(self.model, config.meta.use_bfloat16)
         self.optimizer.skip_nonfinite = True
@@ -220,14 +226,17 @@ def _train(
     if ranks.leads:
         write_parameters(config)
     log = RunLog(config, trainer.step, total) if ranks.leads else NoLog()
+    judging = Judging(config, ranks.leads, trainer.device, trainer.step, batches.steps_per_epoch, signals, log.say)
     meter, rows = Meter(trainer, signals), []
     log.say(opening(config, trainer, batches, source, end))
     saved = trainer.step if source is not None else -1
+    if source is not None:
+        judging.offer(source, trainer.step)
     every, save_every = config.logging.every, config.runtime.save_every
     workers, pin = config.data.num_workers, config.data.pin_mem and trainer.device.type == "cuda"
     try:
         loader = batches.loader(trainer.step, end, workers, pin, log.say)
-        with closing(profiled(loader, trainer, end, log.say)) as stream:
+        with judging, closing(profiled(loader, trainer, end, log.say)) as stream:
             for batch in stream:
                 for line in unreadable.add(batch):
                     log.say(line)
@@ -237,14 +246,18 @@ def _train(
                 reports = saves or trainer.step == end or trainer.step % every == 0 or meter.must_stop()
                 if reports:
                     rows += report(log, meter, checkpoints, batches)
+                    judging.look()
                 last = trainer.step == end or meter.stopped is not None
                 due = saves or (reports and checkpoints.is_due())
                 if last or (due and not meter.skipped.in_a_row):  # the newest one is from before such steps
                     saved = save(log, trainer, checkpoints, rows[-1]["loss"], must=last)
+                    judging.offer(checkpoints.file(trainer.step), trainer.step)
                 if on_step is not None:
                     on_step(trainer)
                 if meter.stopped:
                     break
+            if meter.stopped is None:
+                judging.finish()
     except KeyboardInterrupt:  # a second one, or one raised by `on_step`
         log.say(f"stopped at step {trainer.step}; saving")
         if trainer.step != saved:

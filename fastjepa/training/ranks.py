@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+PATIENCE = 1800  # seconds for the first process to answer, as torch's process groups wait
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,7 @@ class Ranks:
         """
         if self.world == 1:
             return model
-        wrapped = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=parts == 1
-        )
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=parts == 1)
         if compress:
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped
@@ -113,7 +116,7 @@ class Ranks:
         if not already:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                init_method=f"tcp://{self.address}:{self.port}" if "RANK" not in os.environ else "env://",
+                store=self._store(),
                 rank=self.rank,
                 world_size=self.world,
                 device_id=device if device.type == "cuda" else None,
@@ -123,6 +126,30 @@ class Ranks:
         finally:
             if not already:
                 dist.destroy_process_group()
+
+    def _store(self) -> Store:
+        """Where the processes leave their addresses for one another, with nothing in it from processes before.
+
+        torchrun hands those that it starts anew the store of those that died, addresses and all. So the first of us
+        names a new part of it, and each other one takes a name only once the first has answered to it.
+        """
+        url = "env://" if "RANK" in os.environ else f"tcp://{self.address}:{self.port}"
+        store, *_ = next(rendezvous(url, self.rank, self.world))
+        me = uuid.uuid4().hex
+        if self.rank == 0:
+            store.set("fastjepa", me)
+            for rank in range(1, self.world):
+                store.set(f"{me}/{store.get(f'{me}/{rank}').decode()}", "heard")
+            return PrefixStore(me, store)
+        for _ in range(PATIENCE):
+            first = store.get("fastjepa").decode()
+            store.set(f"{first}/{self.rank}", me)
+            try:
+                store.wait([f"{first}/{me}"], timedelta(seconds=1))
+            except dist.DistStoreError:  # of a process that is no more
+                continue
+            return PrefixStore(first, store)
+        raise TimeoutError(f"process 0 of {self.world} has not answered process {self.rank} for {PATIENCE} s")
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""

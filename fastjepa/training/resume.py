@@ -63,13 +63,17 @@ class Checkpoints:
             raise ValueError(f"meta.load_checkpoint: no checkpoint at {path}")
         return path
 
+    def file(self, step: int) -> Path:
+        """Where that of `step` steps is, for as long as it is kept."""
+        return self.folder / f"{self.tag}-step{step:08d}.pth.tar"
+
     def save(self, state: dict[str, Any], step: int, epoch: int | None) -> Path:
         """Write `state`; `epoch` is the number of epochs it ends, None in the middle of one.
 
         Raises:
             OSError: it could not be written; every earlier checkpoint is as it was.
         """
-        path = self.folder / f"{self.tag}-step{step:08d}.pth.tar"
+        path = self.file(step)
         self.saved = time.monotonic()
         write_checkpoint(state, path)
         _point(self.latest, path)

@@ -17,13 +17,15 @@ GUARD = 5  # elements before a tensor that starts at an odd place, and after eve
 
 
 def round_as_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts fp32 to bf16; make it round to nearest even, as every chip does."""
+    """The interpreter cuts fp32 to bf16, and to 8 bits it drops carries; make it round to nearest even, as chips do."""
     convert = interpreter._convert_float
 
     def converted(x: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
         if source == tl.float32 and target == tl.bfloat16:
             rounded = torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16()
             return rounded.view(torch.int16).numpy().view(np.uint16)
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.array(x, dtype=np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(x, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", converted)

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from fastjepa.nn import Linear, keep_copies
+from fastjepa.nn import Linear, keep_copies, set_fp8
 from fastjepa.optim import AdamWEMA
 
 CPU = {"device_type": "cpu", "dtype": torch.bfloat16}
@@ -118,3 +118,57 @@ def test_graphs_take_the_weights():
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with torch.autocast(**CPU):
         torch.testing.assert_close(compiled(x), stock(x), rtol=0, atol=0)
+
+
+def in_fp8(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast(**CPU):
+        return layer(x)
+
+
+def test_fp8_is_for_products_without_gradients_under_bf16():
+    ours, stock, x = pair()
+    assert set_fp8(ours) == 1
+    assert keep_copies(ours) == {}
+    torch.testing.assert_close(ours(x), stock(x), rtol=0, atol=0)
+    torch.testing.assert_close(step(ours, x), step(stock, x), rtol=0, atol=0)
+    y, exact = in_fp8(ours, x), stock(x)
+    assert y.dtype == torch.bfloat16
+    assert 0 < (y - exact).norm() < 0.08 * exact.norm()
+    assert in_fp8(ours, x.view(1, 7, 6)).shape == (1, 7, 5)
+    assert in_fp8(ours, x[:0]).shape == (0, 5)
+    set_fp8(ours, False)
+    torch.testing.assert_close(in_fp8(ours, x), in_fp8(stock, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["in place", "optimizer", "load_state_dict"])
+def test_fp8_sees_that_a_weight_has_changed(change: str):
+    ours, stock, x = pair()
+    set_fp8(ours)
+    before = in_fp8(ours, x)
+    held = ours.quantised
+    assert torch.equal(in_fp8(ours, x), before)
+    assert ours.quantised is held
+    if change == "in place":
+        with torch.no_grad():
+            ours.weight.mul_(2)
+    elif change == "load_state_dict":
+        ours.load_state_dict({name: 2 * p for name, p in stock.state_dict().items()})
+    else:  # as the target of a step of the optimizer, which moves it all the way
+        source = torch.nn.Parameter(2 * ours.weight.detach())
+        source.grad = torch.zeros_like(source)
+        AdamWEMA(
+            [source], lr=0.0, weight_decay=0.0, target_params=[ours.weight.requires_grad_(False)], momentum=0.0
+        ).step()
+    bias = 0 if change != "load_state_dict" else ours.bias / 2
+    torch.testing.assert_close(
+        in_fp8(ours, x).float() - ours.bias, 2 * (before.float() - ours.bias + bias), rtol=0.02, atol=0.05
+    )
+
+
+def test_fp8_weights_do_not_travel():
+    ours, _, x = pair()
+    set_fp8(ours)
+    wanted = in_fp8(ours, x)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other.quantised is None
+        assert torch.equal(in_fp8(other, x), wanted)

@@ -12,6 +12,7 @@ import torch
 
 import fastjepa
 from fastjepa import read_checkpoint
+from fastjepa.config import parse_config
 from fastjepa.schedules import Schedules
 from fastjepa.training import build_models, engine, parameter_groups, train
 from fastjepa.training.log import COLUMNS, OURS
@@ -71,6 +72,24 @@ def test_a_batch_in_parts_or_with_less_kept_is_the_same_run(pictures, tmp_path, 
     assert [row["loss"] for row in parts.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-5)
     states = whole.model.state_dict(), parts.model.state_dict()
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)
+
+
+def test_an_fp8_target_is_near_a_bf16_one(pictures, tmp_path):
+    """The loss of the first step, whose weights are the same, within a percent; none of the target's copies is kept."""
+
+    def run(name, **runtime):
+        settings = {"progress": False, "device": "cpu", "stop_after": 3, **runtime}
+        return train(tiny_config(pictures, tmp_path / name, meta={"use_bfloat16": True}, runtime=settings))
+
+    plain, fp8 = run("plain"), run("fp8", fp8_target=True)
+    first, wanted = fp8.rows[0]["loss"], plain.rows[0]["loss"]
+    assert first != wanted
+    assert first == pytest.approx(wanted, rel=0.01)
+    linears = [m for m in fp8.model.target_encoder.modules() if isinstance(m, fastjepa.nn.Linear)]
+    assert linears
+    assert all(layer.quantised is not None and layer.copies is None for layer in linears)
+    with pytest.raises(ValueError, match=r"runtime\.fp8_target needs meta\.use_bfloat16"):
+        parse_config(tiny_config(pictures, tmp_path).to_dict() | {"runtime": {"fp8_target": True}})
 
 
 def test_bf16_weights_are_not_cast_in_a_step(pictures, tmp_path, monkeypatch):
