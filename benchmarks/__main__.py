@@ -29,10 +29,11 @@ SUITES = {
     "count": "what a whole step launches, moves and allocates, by count; nothing runs",
     "budget": "the least time that each part of a step of ours can take, by count; nothing runs",
     "faults": "bad days of a run, each done to a real one, and what was lost",
+    "fuzz": "hostile files for every reader, and whether each is read or refused as documented",
     "roofline": "what each operation costs at least, by count; nothing runs",
     "report": "tables and pictures of results",
 }
-UNTIMED = ("codegen", "roofline", "count", "budget", "faults", "report")  # suites whose rows are no machine's
+UNTIMED = ("codegen", "roofline", "count", "budget", "faults", "fuzz", "report")  # suites whose rows are no machine's
 
 
 def main(argv: Sequence[str] | None = None) -> int:

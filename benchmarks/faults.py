@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,9 @@ from PIL import Image
 
 from benchmarks import count
 from benchmarks.tables import columns
-from fastjepa.checkpoint import read_checkpoint
+from fastjepa.checkpoint import MODELS, read_checkpoint
 from fastjepa.config import Config, load_config
+from fastjepa.data import Batch
 from fastjepa.training import train
 from fastjepa.training.engine import Trainer
 from fastjepa.training.stop import RESUMABLE
@@ -105,7 +107,12 @@ class Bench:
         settings = [f"data.root_path={self.folder}/pictures", f"logging.folder={folder}", f"data.batch_size={BATCH}"]
         settings += ["data.crop_size=32", "mask.patch_size=4", "meta.embed_dim=24", "meta.depth=2", "meta.num_heads=2"]
         settings += ["meta.pred_depth=1", "meta.pred_emb_dim=24", "runtime.resume=true", "runtime.progress=false"]
-        settings += [f"optimization.epochs={STEPS * BATCH // PICTURES}", "runtime.save_every=7", "logging.every=3"]
+        settings += [
+            f"optimization.epochs={STEPS * BATCH // PICTURES}",
+            "runtime.save_every=7",
+            "runtime.keep=2",
+            "logging.every=3",
+        ]
         return load_config("demo", [*settings, *more])
 
     def fresh(self, *more: str) -> Config:
@@ -113,12 +120,19 @@ class Bench:
         self.runs += 1
         return self.config(self.folder / f"run{self.runs}", *more)
 
-    def life(self, config: Config, strike: Strike | None = None, until: float | None = None, number: int = 0) -> int:
+    def life(
+        self,
+        config: Config,
+        strike: Strike | None = None,
+        until: float | None = None,
+        number: int = 0,
+        spoilt: frozenset[int] = frozenset(),
+    ) -> int:
         """Exit status of a process that trains, which is sent signal `number` after `until` seconds.
 
-        -9 and the like for one that a signal ended.
+        -9 and the like for one that a signal ended. The loss of `spoilt` steps is NaN.
         """
-        child = multiprocessing.get_context("fork").Process(target=_live, args=(config, strike))
+        child = multiprocessing.get_context("fork").Process(target=_live, args=(config, strike, spoilt))
         child.start()
         child.join(until)
         if child.is_alive() and until is not None:
@@ -126,10 +140,10 @@ class Bench:
             child.join()
         return int(child.exitcode or 0)
 
-    def lives(self, config: Config, times: int, number: int) -> tuple[int, list[int]]:
+    def lives(self, config: Config, times: int, number: int) -> list[int]:
         """Signal `number` at `times` random moments of a run, which then goes to its end.
 
-        Gives how many of them found it running, and their exit statuses.
+        Gives the exit statuses of those that found it running.
         """
         ends = []
         for _ in range(times):
@@ -138,16 +152,15 @@ class Bench:
                 break
             ends.append(status)
         self.life(config)
-        return len(ends), ends
+        return ends
 
-    def differs(self, config: Config) -> str:
-        """What is not as in the undisturbed run; empty where all is."""
-        found = read_checkpoint(latest(config))
-        for name in ("encoder", "predictor", "target_encoder"):
-            if any(not torch.equal(found[name][k], v) for k, v in self.wanted[name].items()):
+    def differs(self, config: Config, wanted: dict[str, Any] | None = None) -> str:
+        """What is not as in the undisturbed run, or as `wanted`; empty where all is."""
+        found, wanted = read_checkpoint(latest(config)), wanted or self.wanted
+        for name in MODELS:
+            if any(not torch.equal(found[name][k], v) for k, v in wanted[name].items()):
                 return f"{name} differs from the undisturbed run's"
-        with open(Path(config.logging.folder) / "demo_r0.csv", newline="", encoding="utf-8") as file:
-            steps = [int(row["step"]) for row in csv.DictReader(file)]
+        steps = [int(row["step"]) for row in logged(config, "demo_r0.csv")]
         return "" if steps == list(range(STEPS)) else f"{len(steps)} steps are logged, not {STEPS}"
 
 
@@ -156,8 +169,15 @@ def latest(config: Config) -> Path:
     return Path(config.logging.folder) / "demo-latest.pth.tar"
 
 
-def _live(config: Config, strike: Strike | None) -> None:
+def logged(config: Config, name: str) -> list[dict[str, str]]:
+    """Those of a CSV file of a run."""
+    with open(Path(config.logging.folder) / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _live(config: Config, strike: Strike | None, spoilt: frozenset[int]) -> None:
     """A process that trains, as the command line does; its words are dropped."""
+    _spoil_losses(spoilt)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         result = train(config, strike)
@@ -179,28 +199,25 @@ SAME = "the run ends bit for bit as the undisturbed one, each step once"
 
 def killed(bench: Bench, times: int) -> dict[str, Any]:
     """SIGKILL at any moment: in a step, while a checkpoint is written, while a run starts."""
-    struck, config = 0, bench.fresh()
-    wrong = ""
-    while struck < times and not wrong:
-        found, ends = bench.lives(config, times - struck, signal.SIGKILL)
-        struck += found
-        wrong = bench.differs(config) or ("" if set(ends) <= {-9} else f"exit statuses {sorted(set(ends))}")
-        config = bench.fresh()
-    return _row(
-        "SIGKILL at a random moment", struck, f"{SAME}; at most the steps since the last save are redone", wrong
-    )
+    return _signalled(bench, times, signal.SIGKILL, set(), f"{SAME}; at most the steps since the last save are redone")
 
 
 def terminated(bench: Bench, times: int) -> dict[str, Any]:
     """SIGTERM, as SLURM and Kubernetes send it."""
-    struck, config, wrong = 0, bench.fresh(), ""
+    return _signalled(bench, times, signal.SIGTERM, {RESUMABLE}, f"saved, exit status {RESUMABLE}; {SAME}")
+
+
+def _signalled(bench: Bench, times: int, number: int, ends: set[int], outcome: str) -> dict[str, Any]:
+    """A signal at `times` random moments, in as many runs as it takes. Before a handler is there it ends the process,
+    and nothing can be lost."""
+    struck, wrong = 0, ""
     while struck < times and not wrong:
-        found, ends = bench.lives(config, times - struck, signal.SIGTERM)
-        struck += found
-        early = set(ends) - {RESUMABLE, -signal.SIGTERM}  # before the handler is there nothing can be lost
-        wrong = bench.differs(config) or (f"exit statuses {sorted(early)}" if early else "")
         config = bench.fresh()
-    return _row("SIGTERM at a random moment", struck, f"saved, exit status {RESUMABLE}; {SAME}", wrong)
+        found = bench.lives(config, times - struck, number)
+        struck += len(found)
+        strange = set(found) - ends - {-number}
+        wrong = bench.differs(config) or (f"exit statuses {sorted(strange)}" if strange else "")
+    return _row(f"{signal.Signals(number).name} at a random moment", struck, outcome, wrong)
 
 
 def disk_full(bench: Bench, times: int) -> dict[str, Any]:
@@ -223,19 +240,62 @@ def _limit(trainer: Trainer, at: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def not_finite(bench: Bench, times: int) -> dict[str, Any]:
-    """A weight becomes NaN."""
+def nan_loss(bench: Bench, times: int) -> dict[str, Any]:
+    """The loss of some steps is NaN, the same ones in two runs, one of which is stopped and taken up again."""
     wrong = ""
     for _ in range(times):
-        config, at = bench.fresh(), bench.random.randrange(8, STEPS - 8)
+        bad = frozenset(bench.random.sample(range(STEPS), 6))
+        whole, parts = bench.fresh(), bench.fresh()
+        status = bench.life(whole, spoilt=bad)
+        bench.life(parts, None, bench.random.uniform(0.3, 0.9), signal.SIGTERM, spoilt=bad)
+        bench.life(parts, spoilt=bad)
+        kept = read_checkpoint(latest(whole))
+        counts = [Counter(int(row["step"]) for row in logged(config, "demo-skipped.csv")) for config in (whole, parts)]
+        skipped = {int(row["step"]) for row in logged(whole, "demo_r0.csv") if row["skipped"] == "1"}
+        wrong = wrong or (f"exit status {status}" if status else "") or bench.differs(parts, kept)
+        if not wrong and (skipped != bad or any(count != dict.fromkeys(bad, BATCH) for count in counts)):
+            wrong = f"skipped {sorted(skipped)}, the loss was NaN at {sorted(bad)}; pictures named: {counts}"
+        wrong = wrong or ("" if _finite(kept) else "a checkpoint with NaN")
+    text = (
+        "each is skipped, counted and its pictures named; stopped and taken up again the run ends bit for bit the same"
+    )
+    return _row("the loss of 6 random steps of a run is NaN", times, text, wrong)
+
+
+def _spoil_losses(steps: frozenset[int]) -> None:
+    real = Trainer.train_step
+
+    def spoilt(self: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        nan = float("nan") if self.step in steps else 1.0
+        hook = self.forward.register_forward_hook(lambda model, inputs, out: (out[0] * nan, out[1]))
+        try:
+            return real(self, batch)
+        finally:
+            hook.remove()
+
+    Trainer.train_step = spoilt
+
+
+def nan_weight(bench: Bench, times: int) -> dict[str, Any]:
+    """A weight becomes NaN, so that no step after it is good."""
+    wrong = ""
+    for _ in range(times):
+        config, at = bench.fresh(), bench.random.randrange(8, STEPS - 12)
         status = bench.life(config, lambda trainer, at=at: _spoil(trainer, at))
-        saved = read_checkpoint(latest(config))
-        if status != 1 or not all(bool(v.isfinite().all()) for v in saved["encoder"].values()):
-            wrong = f"exit status {status}, or a checkpoint with NaN"
+        kept = read_checkpoint(latest(config))
+        if status != 1 or not _finite(kept) or kept["fastjepa"]["step"] > at:
+            wrong = wrong or f"exit status {status}, or a checkpoint with NaN, after the weight was NaN from {at} on"
         bench.life(config)
         wrong = wrong or bench.differs(config)
-    text = f"the run ends with exit status 1 and names the last checkpoint, which is finite; from there {SAME}"
+    text = (
+        "after runtime.max_skipped skipped steps, or before a checkpoint, the run ends with exit status 1 and names "
+        f"the last good checkpoint, which is finite; from there {SAME}"
+    )
     return _row("a weight set to NaN at a random step", times, text, wrong)
+
+
+def _finite(saved: dict[str, Any]) -> bool:
+    return all(bool(v.isfinite().all()) for name in MODELS for v in saved[name].values())
 
 
 def _spoil(trainer: Trainer, at: int) -> None:
@@ -264,16 +324,15 @@ def cut_checkpoint(bench: Bench, times: int) -> dict[str, Any]:
     wrong = ""
     for _ in range(times):
         config = bench.fresh()
-        bench.life(config, None, bench.random.uniform(0.5, 0.9), signal.SIGTERM)
-        saved = sorted(Path(config.logging.folder).glob("demo-step*.pth.tar"))
-        if len(saved) < 2:
-            continue
+        folder = Path(config.logging.folder)
+        bench.life(bench.config(folder, f"runtime.stop_after={bench.random.randrange(16, STEPS)}"))
+        saved = sorted(folder.glob("demo-step*.pth.tar"))
         data = saved[-1].read_bytes()
         latest(config).unlink()
         latest(config).write_bytes(data[: bench.random.randrange(len(data))])
         status = bench.life(config)
         again = bench.config(
-            Path(config.logging.folder),
+            folder,
             "runtime.resume=false",
             "meta.load_checkpoint=true",
             f"meta.read_checkpoint={saved[-2].name}",
@@ -306,11 +365,11 @@ def bad_pictures(bench: Bench, times: int) -> dict[str, Any]:
     child.start()
     child.join()
     text = said.read_text()
-    unsaid = [name for name in kinds if name not in text]
-    wrong = f"exit status {child.exitcode}" if child.exitcode else f"nothing said of {unsaid}" if unsaid else ""
-    wrong = wrong or (
-        "a readable picture was refused" if any(name in text for name in odd if "refused" in text) else ""
-    )
+    lines = [line for line in text.splitlines() if "cannot be read" in line]
+    unsaid = [name for name in kinds if not any(name in line for line in lines)]
+    refused = [name for name in odd if any(name in line for line in lines)]
+    wrong = f"exit status {child.exitcode}" if child.exitcode else ""
+    wrong = wrong or (f"nothing said of {unsaid}" if unsaid else f"{refused} refused" if refused else "")
     how = f"{len(kinds)} unreadable files, {len(odd)} odd kinds, a loop of links and a name in unicode in one folder"
     return _row(how, 1, "each unreadable one is named, counted and replaced; the others are trained on", wrong)
 
@@ -345,7 +404,8 @@ FAULTS: dict[str, tuple[str, Callable[[Bench, int], dict[str, Any]], int]] = {
     "kill": ("the machine is gone", killed, 50),
     "term": ("preemption", terminated, 20),
     "disk": ("the disk is full", disk_full, 10),
-    "nan": ("the loss is NaN", not_finite, 10),
+    "nan": ("the loss is NaN at times", nan_loss, 10),
+    "weight": ("the weights are NaN", nan_weight, 10),
     "worker": ("a data worker dies", worker_lost, 10),
     "cut": ("a checkpoint is cut off", cut_checkpoint, 10),
     "pictures": ("bad pictures", bad_pictures, 1),

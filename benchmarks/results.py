@@ -35,7 +35,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a file that a suite wrote with --json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); name a file that a suite wrote with --json") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise ValueError(f"{path} is not a results file; name one that a suite wrote with --json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: no such file")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which no checkpoint is")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"checkpoint {path}: not a PyTorch checkpoint, or one that needs code to be run, which is never done"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever a damaged file makes of torch's reader
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"checkpoint {path} is damaged or no PyTorch checkpoint ({reason[:160]})") from error
     if not isinstance(state, dict):
@@ -65,6 +70,8 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     for name in MODELS:
         if not isinstance(state[name], dict) or not all(isinstance(v, Tensor) for v in state[name].values()):
             raise ValueError(f"checkpoint {path}: {name} is not a state dict of tensors")
+        if not all(isinstance(key, str) for key in state[name]):
+            raise ValueError(f"checkpoint {path}: {name} has keys that are no names")
         state[name] = {key.removeprefix("module."): value for key, value in state[name].items()}
     return state
 
@@ -106,7 +113,8 @@ def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # never through a link that lies there
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 import yaml
 
 Pair = tuple[float, float]
+LARGEST = 1 << 16  # bytes of a configuration file
 ENGINES = ("auto", "turbo", "pillow", "dali", "torchvision")  # of data.engine
 
 
@@ -171,12 +174,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             a missing key; names the key or the file.
     """
     path = _find(Path(path))
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path} has {size} bytes; a configuration has at most {LARGEST}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}{place}: not valid YAML: {problem}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a configuration has sections {', '.join(SECTIONS)}, this file holds {_kind(tree)}")
@@ -193,7 +199,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> Conf
     """
     for section in tree:
         if section not in SECTIONS:
-            raise ValueError(f"{source}: unknown section {section!r}{_nearest(str(section), list(SECTIONS))}")
+            raise ValueError(f"{source}: unknown section {_shown(section)}{_nearest(str(section), list(SECTIONS))}")
     built = {}
     for section, kind in SECTIONS.items():
         values = tree.get(section)
@@ -215,6 +221,25 @@ def shipped_configs() -> dict[str, Path]:
 SECTIONS: dict[str, Any] = {name: kind for name, kind in typing.get_type_hints(Config).items() if is_dataclass(kind)}
 
 
+class _Loader(yaml.SafeLoader):
+    """That of plain values, without aliases within what an anchor names: a few lines of those stand for more than
+    memory holds."""
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._anchors = 0  # that the node being read is within
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if self._anchors and isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias within an anchor", problem_mark=event.start_mark)
+        anchored = not isinstance(event, yaml.AliasEvent) and getattr(event, "anchor", None) is not None
+        self._anchors += anchored
+        node = super().compose_node(parent, index)
+        self._anchors -= anchored
+        return node
+
+
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
@@ -232,8 +257,8 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not equals or not dot or not key:
         raise ValueError(f"cannot read {item!r}; an override is section.key=value, such as data.batch_size=64")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read the value of {item!r} as YAML") from error
     if tree.get(section) is None:
         tree[section] = {}
@@ -248,7 +273,7 @@ def _section(section: str, kind: type, values: Mapping[str, Any], source: str) -
         if key not in hints:
             elsewhere = [f"{s}.{key}" for s, k in SECTIONS.items() if key in {f.name for f in fields(k)}]
             near = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(str(key), list(hints))
-            raise ValueError(f"{source}: unknown key {section}.{key}{near}")
+            raise ValueError(f"{source}: unknown key {section}.{key if isinstance(key, str) else _shown(key)}{near}")
     missing = [f.name for f in fields(kind) if f.name not in values and not _has_default(f)]
     if missing:
         raise ValueError(f"{source}: {section}.{missing[0]} is missing")
@@ -268,21 +293,31 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
             first, second = (_coerce(v, float, name) for v in value)
             return first, second
-        raise ValueError(f"{name} must be two numbers, such as [0.3, 1.0], got {value!r}")
+        raise ValueError(f"{name} must be two numbers, such as [0.3, 1.0], got {_shown(value)}")
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
         try:
             value = float(value)
         except ValueError:
-            raise ValueError(f"{name} must be a number, got {value!r}") from None
+            raise ValueError(f"{name} must be a number, got {_shown(value)}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must be a number that a float holds, got {_shown(value)}") from None
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {WORDS[kind]}, got {value!r}")
+        raise ValueError(f"{name} must be {WORDS[kind]}, got {_shown(value)}")
     if kind is float and value != value:
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """In few letters, whatever it is."""
+    if isinstance(value, int) and abs(value) > 10**40:  # longer ones Python does not even write out
+        return "a number of more than 40 digits"
+    return reprlib.repr(value)
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -321,6 +356,9 @@ def _check(config: Config, source: str) -> None:
         "runtime.save_every and runtime.keep must be at least 1": min(runtime.save_every, runtime.keep) < 1,
         f"runtime.accumulate={runtime.accumulate} does not divide data.batch_size={data.batch_size}": (
             runtime.accumulate < 1 or data.batch_size % runtime.accumulate > 0
+        ),
+        f"logging.write_tag must be a plain file name, got {config.logging.write_tag!r}": (
+            not re.fullmatch(r"[^/\\\0:*?\[\]]+", config.logging.write_tag) or config.logging.write_tag[0] == "."
         ),
         "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
         "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,

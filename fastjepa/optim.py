@@ -42,8 +42,9 @@ class AdamWEMA(torch.optim.AdamW):
             or a mapping from parameters to targets.
         momentum: of the moving average, in 0..1; also an attribute, for schedules to set before each step.
         max_grad_norm: the norm of all gradients together is clipped to this, as `clip_grad_norm_` does.
-        skip_nonfinite: a step whose gradient norm is not finite changes nothing: no parameter, moment, step number,
-            target or copy. Decided on the device. The norm is summed in fp32, so beyond 1e19 it is not finite.
+        skip_nonfinite: a step whose gradient norm is not finite, or that a gradient scaler skips, changes nothing: no
+            parameter, moment, step number, target or copy. Decided on the device. The norm is summed in fp32, so beyond
+            1e19 it is not finite.
         low_precision: a mapping from parameters and targets to copies of them (say bf16), rewritten at each step.
 
     Attributes:
@@ -300,7 +301,7 @@ class AdamWEMA(torch.optim.AdamW):
             if self.max_grad_norm is not None:
                 clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 grads = [grad * clip for grad in grads]
-            if self.skip_nonfinite and not bool(norm.isfinite()):
+            if self.skip_nonfinite and (skip or not bool(norm.isfinite())):
                 return
         if not skip:
             self._adamw(dict(zip(with_grad, grads, strict=True)))

@@ -148,13 +148,16 @@ def _adamw_ema_kernel(
     if grad_scale_ptr is not None:
         grad_scale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(tl.float32)
     if found_inf_ptr is not None:
-        is_active = is_active & (tl.load(found_inf_ptr) == 0)
+        is_finite = tl.load(found_inf_ptr) == 0
+        is_active = is_active & is_finite
+        if SKIP_NONFINITE:
+            moves = is_finite
     if partials_ptr is not None:
         norm = tl.sqrt_rn(tl.sum(tl.load(partials_ptr + tl.arange(0, N_PARTIALS)))) * grad_scale
         if chunk == 0:
             tl.store(norm_ptr, norm)
         if SKIP_NONFINITE:
-            moves = norm < float("inf")
+            moves = moves & (norm < float("inf"))
             is_active = is_active & moves
         clip = tl.load(hyper_ptr + n_groups * _HYPER_ROW + 1).to(tl.float32) / (norm + 1e-6)
         grad_scale *= tl.where(clip > 1.0, 1.0, clip)  # a norm that is NaN stays one
@@ -306,9 +309,11 @@ class MultiTensorAdamWEMA:
         Shapes:
             grads: one for each parameter, or None. One that lies unlike its parameter is copied first.
             norm: clip to the largest norm, and leave the norm of the unscaled gradients in `grad_norm`.
-            skip_nonfinite: change nothing where that norm is not finite, targets and copies included.
+            skip_nonfinite: change nothing where that norm is not finite or `found_inf` is not 0, targets and copies
+                included.
             grad_scale: one element, by which the gradients are divided.
-            found_inf: one element; where it is not 0, nothing is stepped, and targets and copies follow as ever.
+            found_inf: one element; where it is not 0, nothing is stepped, and without `skip_nonfinite` targets and
+                copies follow as ever.
             total: sums a tensor over processes, in place, for the norm of gradients that lie in parts on them.
 
         Raises:
@@ -339,7 +344,7 @@ class MultiTensorAdamWEMA:
             found_inf_ptr=found_inf,
             n_groups=len(self._hyper) - 1,
             N_PARTIALS=MAX_PARTIALS,
-            SKIP_NONFINITE=skip_nonfinite and norm,
+            SKIP_NONFINITE=skip_nonfinite,
             CHUNK=self._config.chunk,
             BLOCK=self._config.block,
             LANES=self._config.lanes,

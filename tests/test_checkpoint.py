@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import zipfile
 
 import pytest
 import torch
@@ -123,3 +124,23 @@ def test_weights_of_another_model():
     with pytest.raises(ValueError, match="lacks pos_embed"):
         load_weights(model, {}, "checkpoint X")
     load_weights(model, vit_tiny(img_size=[32], depth=1).state_dict(), "checkpoint X")
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    """A kilobyte that unpacks to a gigabyte is refused before anything of it is read."""
+    path, packed = tmp_path / "run.pth.tar", tmp_path / "packed.pth.tar"
+    write_checkpoint(STATE, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in stored.infolist():
+            archive.writestr(entry.filename, stored.read(entry))
+    with pytest.raises(ValueError, match="it is compressed, which no checkpoint is"):
+        read_checkpoint(packed)
+
+
+def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "run.pth.tar"
+    victim.write_text("mine")
+    (tmp_path / ".run.pth.tar.part").symlink_to(victim)
+    write_checkpoint(STATE, path)
+    assert victim.read_text() == "mine"
+    assert not path.is_symlink()

@@ -166,3 +166,44 @@ def test_missing_files(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match="not valid YAML"):
         load_config(binary)
+
+
+@pytest.mark.parametrize("tag", ["../out", "/tmp/out", "a/b", "", "..", ".hidden", "a\\b", "a*"])
+def test_a_tag_that_leads_elsewhere(official, tag):
+    with pytest.raises(ValueError, match=r"logging\.write_tag must be a plain file name"):
+        load_config(official, [f"logging.write_tag='{tag}'"])
+
+
+@pytest.mark.parametrize("line", ["a{i}: &a{i} [{nine}]", "a{i}: &a{i} {{<<: [{nine}]}}"])
+def test_aliases_of_aliases_are_not_unfolded(tmp_path, line):
+    lines = ["a0: &a0 {k: 1}"]
+    lines += [line.format(i=i, nine=",".join([f"*a{i - 1}"] * 9)) for i in range(1, 12)]
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="an alias within an anchor"):
+        load_config(path)
+
+
+def test_plain_aliases_are_read(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        "data: {root_path: x, crop_scale: &s [0.3, 1.0]}\nlogging: {folder: y}\nmask: {enc_mask_scale: *s}\n"
+    )
+    assert load_config(path).mask.enc_mask_scale == (0.3, 1.0)
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "1" + "0" * 400, "[" * 5000, "2020-13-45", "[" + "x, " * 9000 + "x]"], ids=lambda v: v[:12]
+)
+def test_values_out_of_all_bounds_are_one_short_line(official, value):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_config(official, [f"optimization.lr={value}"]) if len(value) < 500 else load_config(
+            write(official, value), []
+        )
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def write(official, value):
+    path = official.parent / "spoilt.yaml"
+    path.write_text(f"optimization: {{lr: {value}}}\ndata: {{root_path: x}}\nlogging: {{folder: y}}\n")
+    return path

@@ -65,6 +65,8 @@ def pack(
     if shuffle is not None:
         order = EpochOrder(len(pictures), shuffle, pictures.blocks)(0)
     _claim(out, pictures, shard_size, shuffle)
+    for left in out.glob(".*.partial"):  # by a packing that was killed
+        left.unlink()
     starts = range(0, len(order), shard_size)
     kept = size = 0
     with tqdm(total=len(order), desc="pack", unit="picture", disable=True if quiet else None) as bar:
@@ -89,7 +91,11 @@ def _claim(out: Path, pictures: Pictures, shard_size: int, shuffle: int | None) 
     manifest = {"pictures": len(pictures), "shard_size": shard_size, "shuffle": shuffle, "names": digest.hexdigest()}
     path = out / MANIFEST
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != manifest:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no manifest of a packing; name another folder") from error
+        if found != manifest:
             raise ValueError(f"{out} holds a packing of other pictures or with other settings; name another folder")
         return
     if strangers := sorted(out.glob("*.tar")):
@@ -102,7 +108,8 @@ def _claim(out: Path, pictures: Pictures, shard_size: int, shuffle: int | None) 
 def _write_shard(path: Path, pictures: Pictures, start: int, chosen: list[int], bar: tqdm) -> None:
     partial = path.with_name(f".{path.name}.partial")
     samples: list[list[Member]] = []
-    with open(partial, "wb") as file:
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:  # never through a link that lies there
         with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for number, index in enumerate(chosen, start):
                 try:

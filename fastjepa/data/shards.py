@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastjepa.data.pictures import EXTENSIONS, Pictures
 
 VERSION = "v1.2"  # of DALI's index files, which these are
+MAX_CLASSES = 1_000_000
 HEADER = 512  # bytes of a tar member's header, just before its content
 CLASSES = "classes.txt"  # beside the shards: a name on each line, for the numbers in their .cls members
 
@@ -81,7 +82,7 @@ class TarShards(Pictures):
         for path, end in zip(self.paths, self._ends.tolist(), strict=True):
             with open(path, "rb") as file:
                 places = self._labels[before:end].tolist()
-                found += [int(_read(file, offset, size)) if size else -1 for offset, size in places]
+                found += [_label(path, file, offset, size) if size else -1 for offset, size in places]
             before = end
         return found
 
@@ -100,20 +101,21 @@ def read_index(path: Path) -> Iterable[list[Member]]:
     """The samples of a shard: from the index beside it where that fits, else from the shard itself.
 
     Raises:
-        ValueError: no tar file that can be read at any place.
+        ValueError: no tar file that can be read at any place; names it.
     """
     beside = path.with_suffix(".idx")
     try:
         lines = beside.read_text(encoding="utf-8").splitlines()
         samples = [_parse(line) for line in lines[1:]]
-        last = max((m.offset + m.size for m in samples[-1]), default=0)
-        if lines[0] == f"{VERSION} {len(samples)}" and last <= path.stat().st_size:
+        end = path.stat().st_size
+        within = all(HEADER <= m.offset <= end - m.size and m.size >= 0 for sample in samples for m in sample)
+        if lines[0] == f"{VERSION} {len(samples)}" and within:
             return samples
     except (OSError, ValueError, IndexError):  # none, or not of this shard
         pass
     try:
         samples = list(_scan(path))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is no plain tar file, or a damaged one: {error}") from error
     with suppress(OSError):  # a folder that cannot be written: the next run reads the shard through again
         write_index(beside, samples)
@@ -130,7 +132,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:  # never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -163,6 +166,13 @@ def _scan(path: Path) -> Iterator[list[Member]]:
             sample.append(Member(extension, info.offset_data, info.size, info.name))
     if sample:
         yield sample
+
+
+def _label(path: Path, file, offset: int, size: int) -> int:
+    content = _read(file, offset, min(size, 32)).strip()
+    if size > 32 or not content.isdigit() or int(content) >= MAX_CLASSES:
+        raise ValueError(f"{path}: the label at byte {offset} is no number below {MAX_CLASSES}: {content!r}")
+    return int(content)
 
 
 def _read(file, offset: int, size: int) -> bytes:

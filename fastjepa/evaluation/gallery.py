@@ -93,6 +93,9 @@ def show_checkpoint(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.png" for name in CAPTIONS}
+    link = next((file for file in (*files.values(), folder / "index.html") if file.is_symlink()), None)
+    if link is not None:
+        raise ValueError(f"{link} is a symbolic link, and nothing is written outside of {folder}")
     plot_features(encoder, images, files["features"])
     plot_similarity(encoder, images, files["similarity"], [patch] if patch else None)
     plot_attention(encoder, images, files["attention"], patch)

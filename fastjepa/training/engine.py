@@ -382,14 +382,21 @@ def write_parameters(config: Config) -> None:
     """Make the run's folder and put the configuration in it, as the published code does.
 
     Raises:
-        ValueError: the folder cannot be made or written.
+        ValueError: the folder cannot be made or written, or a file of the run's there is a link.
     """
     folder = Path(config.logging.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        link = next((entry for entry in folder.iterdir() if entry.is_symlink() and _is_ours(entry.name, config)), None)
+        if link is not None:
+            raise ValueError(f"logging.folder: {link} is a symbolic link, and a run writes in its own folder alone")
         (folder / "params-ijepa.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"logging.folder: cannot write to {folder}: {error.strerror}") from error
+
+
+def _is_ours(name: str, config: Config) -> bool:
+    return name in ("params-ijepa.yaml", "tensorboard") or name.lstrip(".").startswith(config.logging.write_tag)
 
 
 def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: Path | None, end: int) -> str:

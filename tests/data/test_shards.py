@@ -111,3 +111,28 @@ def test_no_pictures(tmp_path):
     write(tmp_path / "a.tar", [("1.txt", b"words")])
     with pytest.raises(ValueError, match="no pictures in the tar files"):
         TarShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["jpg -5 10 a.jpg", "jpg 512 -1 a.jpg", f"jpg 512 {2**60} a.jpg", f"jpg {2**70} 1 a.jpg"]
+)
+def test_an_index_that_lies_is_made_anew(tmp_path, index):
+    shards(tmp_path)
+    (tmp_path / "b.idx").write_text(f"v1.2 1\n{index}\n")
+    assert TarShards(tmp_path).read(3) == png(3)
+    assert index not in (tmp_path / "b.idx").read_text()
+
+
+@pytest.mark.parametrize("label", [b"-1", b"one", b"9" * 7, b"9" * 5000])
+def test_a_label_that_is_none_is_said(tmp_path, label):
+    write(tmp_path / "a.tar", [("a.png", png(0)), ("a.cls", label)])
+    found = TarShards(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.tar: the label at byte \d+ is no number below 1000000"):
+        _ = found.labels
+
+
+def test_names_in_a_shard_lead_nowhere(tmp_path):
+    write(tmp_path / "a.tar", [("../../out.png", png(0)), ("/etc/out.png", png(1))])
+    found = TarShards(tmp_path)
+    assert [found.read(i) for i in range(2)] == [png(0), png(1)]
+    assert sorted(os.listdir(tmp_path)) == ["a.idx", "a.tar"]

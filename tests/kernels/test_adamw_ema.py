@@ -224,17 +224,20 @@ def test_scaled_gradients():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_step_that_is_not_finite_changes_nothing(bad: float, aligned: bool, dtype: torch.dtype):
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), None], ids=["inf", "nan", "found_inf"])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float | None, aligned: bool, dtype: torch.dtype):
     run = Run.start(dtype=dtype, aligned=aligned)
     run.tables.update(run.gradients())
     for t in run.column(3):
         t[:1] = -0.0  # a move by nothing would make it 0
     before = [[x.clone().view(torch.int8) for x in run.column(i)] for i in range(6)]
     grads = run.gradients()
-    grads[-1][3] = bad
-    run.tables.update(grads, norm=True, skip_nonfinite=True)
-    assert not run.tables.grad_norm.isfinite()
+    if bad is None:  # somebody else has found it
+        run.tables.update(grads, skip_nonfinite=True, found_inf=torch.ones((), device=DEVICE))
+    else:
+        grads[-1][3] = bad
+        run.tables.update(grads, norm=True, skip_nonfinite=True)
+        assert not run.tables.grad_norm.isfinite()
     for i in range(6):
         assert all(torch.equal(x.view(torch.int8), y) for x, y in zip(run.column(i), before[i], strict=True))
     assert {run.tables.step_of(i).item() for i in range(len(SIZES))} == {1.0}

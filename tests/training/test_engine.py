@@ -171,6 +171,17 @@ def test_official_checkpoint_goes_on(pictures, tmp_path):
     assert result.rows[0]["step"] == 6
 
 
+@pytest.mark.parametrize("name", ["jepa_r0.csv", "params-ijepa.yaml", ".jepa-latest.pth.tar.part", "tensorboard"])
+def test_links_in_the_folder_are_not_followed(pictures, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(victim)
+    with pytest.raises(ValueError, match="is a symbolic link, and a run writes in its own folder alone"):
+        train(tiny_config(pictures, tmp_path / "run"))
+    assert victim.read_text() == "mine"
+
+
 def test_refuses_to_write_over_a_run(pictures, tmp_path):
     config = tiny_config(pictures, tmp_path, runtime={"stop_after": 1, "progress": False, "device": "cpu"})
     train(config)
