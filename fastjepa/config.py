@@ -107,9 +107,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream` and
-    `fp8_target`; on `attention` and
-    `accumulate` in their last digits; on nothing else here."""
+    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream`, `fp8_target` and `shard`;
+    on `attention` and `accumulate` in their last digits; on nothing else here."""
 
     device: str = "auto"
     seed: int = 0

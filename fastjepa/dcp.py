@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-
-from fastjepa.checkpoint import MODELS, write_checkpoint
 
 REST = "run.pth.tar"
 _CLASSES = {
@@ -42,24 +40,24 @@ _CLASSES = {
 }
 
 
-def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A run's state as (what is no tensor of models or optimizer, the tensors by their names here)."""
-    tensors = {f"{name}.{key.removeprefix('module.')}": t for name in MODELS for key, t in state[name].items()}
+def split(state: Mapping[str, Any], models: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A run's state, of which `models` are state dicts, as (what is no tensor of theirs or of the optimizer, those)."""
+    tensors = {f"{name}.{key.removeprefix('module.')}": t for name in models for key, t in state[name].items()}
     tensors |= {f"opt.{i}.{key}": t for i, held in state["opt"]["state"].items() for key, t in held.items()}
-    rest = {key: value for key, value in state.items() if key not in MODELS}
+    rest = {key: value for key, value in state.items() if key not in models}
     return rest | {"opt": {"param_groups": state["opt"]["param_groups"]}}, tensors
 
 
 def join(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What `split` has split; names of models' tensors have no prefix."""
-    state: dict[str, Any] = {**rest, **{name: {} for name in MODELS}, "opt": {"state": {}, **rest["opt"]}}
+    state: dict[str, Any] = {**rest, "opt": {"state": {}, **rest["opt"]}}
     for name, tensor in tensors.items():
         part, _, key = name.partition(".")
         if part == "opt":
             number, _, key = key.partition(".")
             state["opt"]["state"].setdefault(int(number), {})[key] = tensor
         else:
-            state[part][key] = tensor
+            state.setdefault(part, {})[key] = tensor
     return state
 
 
@@ -72,8 +70,8 @@ class Saves:
         self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
         self.pending: Any = None
 
-    def begin(self, state: Mapping[str, Any], folder: Path, done: Callable[[], None]) -> None:
-        """Copy the state, which every process gives, and have it written to `folder`, which must not be there.
+    def begin(self, tensors: dict[str, Tensor], folder: Path, done: Callable[[], None]) -> None:
+        """Copy the tensors, which every process gives, and have them written to `folder`, which must not be there.
 
         `done` is called in the first process, in another thread, once every process has written all of its part.
 
@@ -81,8 +79,7 @@ class Saves:
             OSError: a single process could not write.
         """
         self.wait()
-        rest, tensors = split(state)
-        writer = _Writer(folder, rest, done)
+        writer = _Writer(folder, done)
         if self.group is not None:
             self.pending = async_save(
                 tensors, storage_writer=writer, async_stager=self.stager, process_group=self.group
@@ -121,22 +118,16 @@ def _line(error: BaseException) -> str:
 
 
 class _Writer(filesystem.FileSystemWriter):
-    def __init__(self, folder: Path, rest: dict[str, Any], done: Callable[[], None]):
+    def __init__(self, folder: Path, done: Callable[[], None]):
         super().__init__(folder)
-        self.rest, self.done = rest, done
+        self.done = done
 
     def storage_meta(self) -> metadata.StorageMeta:
         return metadata.StorageMeta()  # without the folder's name, which changes
 
     def finish(self, metadata: metadata.Metadata, results: list[Any]) -> None:
-        write_checkpoint(self.rest, Path(self.path) / REST)
         super().finish(metadata, results)
         self.done()
-
-
-def is_one(path: Path) -> bool:
-    """Whether it is such a folder."""
-    return (path / ".metadata").is_file()
 
 
 def read(path: Path) -> dict[str, Any]:

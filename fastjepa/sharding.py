@@ -1,15 +1,11 @@
-"""Models divided among processes (FSDP): who holds what, and tensors of which each process holds a part."""
+"""Tensors of which each process holds a part, as `torch.distributed.fsdp.fully_shard` makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from fastjepa.objective import IJEPA
 
 # torch.distributed's tensors are told by what they can do: importing them would slow everyone who has none.
 
@@ -46,33 +42,6 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     other_: Any = other
     tensor = tensor.to(other_.device)
     return distribute_tensor(tensor, other_.device_mesh, other_.placements, src_data_rank=None)
-
-
-def shard(
-    model: IJEPA, device: torch.device, dtype: torch.dtype | None = None, reduce: torch.dtype | None = None
-) -> None:
-    """Divide a live model among all processes by `torch.distributed.fsdp.fully_shard`, block by block.
-
-    Each then keeps its part of every parameter, and gathers those of a block as the block runs. The target encoder is
-    divided as the encoder is, so that its moving average needs nothing of others.
-
-    `dtype`: what weights are gathered in, bf16 say; activations are left to autocast. `reduce`: what gradients are sent
-    in, fp32 otherwise. Positions, which take no gradient, stay whole on each process, as wide as they are.
-
-    Source: Zhao et al. 2023 (arXiv 2304.11277).
-    """
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(dtype, reduce or torch.float32, cast_forward_inputs=False)
-    encoder, predictor, target = model.encoder, model.predictor, model.target_encoder
-    positions = {encoder.pos_embed, predictor.predictor_pos_embed, target.pos_embed}
-    # What is beside the blocks belongs to the whole model: encoder and predictor give `Ragged`, in which FSDP would not
-    # find the tensors whose gradients it waits for.
-    for module in (*encoder.blocks, *predictor.predictor_blocks, *target.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=positions)
 
 
 def is_hooked(module: nn.Module) -> bool:

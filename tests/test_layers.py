@@ -31,6 +31,8 @@ LAYERS = (
         "flops",
         "chips",
         "copies",
+        "dcp",
+        "sharding",
         "layouts",
         "huggingface",
     ),

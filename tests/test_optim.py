@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
 from fastjepa.optim import AdamWEMA
 from tests.kernels.multi_tensor_checks import round_as_a_chip
@@ -471,3 +473,44 @@ def test_a_step_waits_for_nothing():
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def _step_shards(rank: int, folder: str) -> None:
+    """One of two processes: steps on shards, by torch's functions and by the kernels, beside steps on the whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for takes_kernels in (False, True):
+            AdamWEMA._takes_kernels = lambda self, on=takes_kernels: on  # this process has the class to itself
+            whole = params_on(torch.device("cpu"))[:5]  # one of them has nothing in the second process
+            shards = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
+            pairs = [(params, [p.detach().clone() for p in params]) for params in (whole, shards)]
+            settings = {"lr": 0.1, "momentum": 0.5, "max_grad_norm": 0.7, "skip_nonfinite": True}
+            ours = [AdamWEMA(params, target_params=targets, **settings) for params, targets in pairs]
+            for step in range(3):
+                set_grads(whole, step)
+                if step == 1 and whole[0].grad is not None:
+                    whole[0].grad[-1] = math.inf  # in the second process alone, and both skip
+                for p, shard in zip(whole, shards, strict=True):
+                    shard.grad = None if p.grad is None else distribute_tensor(p.grad, mesh, [Shard(0)])
+                for optimizer in ours:
+                    optimizer.step()
+                torch.testing.assert_close(ours[1].grad_norm, ours[0].grad_norm)
+            for (p, shard), (target, part) in zip(
+                zip(whole, shards, strict=True), zip(pairs[0][1], pairs[1][1], strict=True), strict=True
+            ):
+                torch.testing.assert_close(shard.full_tensor(), p, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(part.full_tensor(), target, rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="not sharded as its tensor"):
+            AdamWEMA(shards[:1], target_params=[whole[0].detach().clone()])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels are interpreted on the processor")
+def test_shards_are_stepped_where_they_lie(tmp_path):
+    start_processes(_step_shards, (os.fspath(tmp_path),), nprocs=2, start_method="fork")

@@ -19,7 +19,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastjepa.objective import IJEPA
-from fastjepa.sharding import shard
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -84,11 +83,28 @@ class Ranks:
         return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
     def shard(self, model: IJEPA, device: torch.device, bf16: bool = False, compress: bool = False) -> nn.Module:
-        """The model as it is called: divided among the processes, block by block, each with a part of every parameter.
+        """The model as it is called: divided in place among all processes by `fully_shard`, block by block.
 
-        `bf16`: weights are gathered in it. `compress`: gradients are sent as bf16.
+        Each process keeps its part of every parameter, and gathers those of a block as the block runs. The target
+        encoder is divided as the encoder is, so that its moving average needs nothing of others. Positions, which take
+        no gradient, stay whole, as wide as they are.
+
+        `bf16`: weights are gathered in it; activations are left to autocast. `compress`: gradients are sent as bf16.
+
+        Source: Zhao et al. 2023 (arXiv 2304.11277).
         """
-        shard(model, device, torch.bfloat16 if bf16 else None, torch.bfloat16 if compress else None)
+        from torch.distributed.device_mesh import init_device_mesh  # which takes a while to import
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        weights, gradients = torch.bfloat16 if bf16 else None, torch.bfloat16 if compress else torch.float32
+        policy = MixedPrecisionPolicy(weights, gradients, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (self.world,))
+        encoder, predictor, target = model.encoder, model.predictor, model.target_encoder
+        positions: set[nn.Parameter] = {encoder.pos_embed, predictor.predictor_pos_embed, target.pos_embed}
+        # What is beside the blocks belongs to the whole model: encoder and predictor give `Ragged`, in which FSDP would
+        # not find the tensors whose gradients it waits for.
+        for module in (*encoder.blocks, *predictor.predictor_blocks, *target.blocks, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=positions)
         return model
 
     def share(self, tokens: int, device: torch.device) -> Tensor | float:

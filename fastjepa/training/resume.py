@@ -112,10 +112,14 @@ class Checkpoints:
                 write_checkpoint(state, path)
                 self._point_to(path, epoch)
             return
+        from fastjepa import dcp
+
         self.wait()
         part = path.with_name(f".{path.name}.part")
+        rest, tensors = dcp.split(state, MODELS)
 
         def done() -> None:
+            write_checkpoint(rest, part / dcp.REST)
             final, number = path, 1
             while final.exists():  # of a run that was taken up again from an earlier step
                 final, number = path.with_name(f"{path.name}-{number}"), number + 1
@@ -123,7 +127,7 @@ class Checkpoints:
             sync_folder(self.folder)
             self._point_to(final, epoch)
 
-        self.behind.begin(state, part, done)
+        self.behind.begin(tensors, part, done)
 
     def wait(self) -> None:
         """Wait until what is being written is on the disk.

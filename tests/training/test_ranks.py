@@ -176,11 +176,11 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(pictures, t
         "from fastjepa.config import load_config\n"
         "from fastjepa.training import train\n"
         "finish, saves = dcp._Writer.finish, []\n"
-        "def strike(writer, *rest):\n"
+        "def strike(writer, **rest):\n"
         "    saves.append(writer)\n"
         "    if len(saves) == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    finish(writer, *rest)\n"
+        "    finish(writer, **rest)\n"
         "dcp._Writer.finish = strike\n"
         "train(load_config(sys.argv[1]))\n",
     )
