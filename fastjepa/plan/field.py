@@ -37,7 +37,7 @@ _CAE = "github.com/Atten4Vis/CAE, README (Chen et al. 2022, arXiv 2202.03026)"
 _IBOT = "github.com/bytedance/ibot, README (Zhou et al. 2021, arXiv 2111.07832)"
 _DINO = "github.com/facebookresearch/dino, README (Caron et al. 2021, arXiv 2104.14294)"
 _DINOV2 = "github.com/facebookresearch/dinov2, README and MODEL_CARD.md (Oquab et al. 2023, arXiv 2304.07193)"
-_DINOV3 = "github.com/facebookresearch/dinov3, MODEL_CARD.md (Siméoni et al. 2025, arXiv 2508.10104)"
+_DINOV3 = "github.com/facebookresearch/dinov3, MODEL_CARD.md; the probe: Siméoni et al. 2025 (arXiv 2508.10104)"
 IN1K = "ImageNet-1k"
 
 FIELD = (
@@ -48,13 +48,14 @@ FIELD = (
     Published("MAE", "ViT-B/16", IN1K, 1600, 67.8, None, None, _MAE),
     Published("MAE", "ViT-L/16", IN1K, 1600, 76.0, None, "about 2,688 V100 for 800 epochs", _MAE),
     Published("MAE", "ViT-H/14", IN1K, 1600, 77.2, None, None, _MAE),
+    Published("data2vec", "ViT-L/16", IN1K, 1600, 77.3, 73.3, None, f"{_JEPA}, tables 1 and 2"),
     Published("CAE", "ViT-B/16", IN1K, 1600, 70.3, None, None, _CAE),
     Published("CAE", "ViT-L/16", IN1K, 1600, 77.8, None, None, _CAE),
     Published("DINO", "ViT-B/8", IN1K, None, 80.1, None, None, _DINO),
     Published("iBOT", "ViT-B/16", IN1K, None, 79.5, None, None, _IBOT),
     Published("iBOT", "ViT-L/16", IN1K, None, 81.0, None, None, _IBOT),
     Published("DINOv2", "ViT-g/14", "142 M pictures", None, 86.5, None, "22,000 A100", _DINOV2),
-    Published("DINOv3", "ViT-7B/16", "1,689 M pictures", None, None, None, "61,440 H100", _DINOV3),
+    Published("DINOv3", "ViT-7B/16", "1,689 M pictures", None, 88.4, None, "61,440 H100", _DINOV3),
 )
 
 

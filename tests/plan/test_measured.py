@@ -191,6 +191,9 @@ def test_reading_of_pictures(tmp_path: Path):
     found = planned(ORDER, tmp_path, *runs)["input"]
     assert found["cores_per_node"] == pytest.approx(found["images_per_second_per_node"] / 600)
     assert images_per_core([]) is None
+    pillow = {"engine": "fastjepa, engine pillow", "workers": 1, "images_per_second_per_core": 700.0}
+    faster = [run(CPU, *rows, pillow) | {"suite": "input"}]
+    assert images_per_core(faster) == (700, "measured: fastjepa, engine pillow, 1 workers, a processor, 2 threads")
 
 
 @pytest.mark.parametrize(
