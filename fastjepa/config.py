@@ -104,8 +104,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream` and `shard`; on `attention` and
-    `accumulate` in their last digits; on nothing else here."""
+    """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream` and `shard`; on `attention`
+    and `accumulate` in their last digits; on nothing else here."""
 
     device: str = "auto"
     seed: int = 0
