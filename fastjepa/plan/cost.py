@@ -194,8 +194,9 @@ class Step:
         """AdamW of all that is trained, and the moving average of the target encoder, in fp32."""
         copy = self.precision.branch if self.precision.mixed else 0
         adamw, average = {
-            # One pass: p, m, v read and written, g read, the target read and written, and copies of p and target.
-            "fastjepa": (28 + copy, 8 + copy),
+            # The norm of the gradients, to know that all are finite: g read. Then one pass: p, m, v read and written, g
+            # read, the target read and written, and copies of p and target.
+            "fastjepa": (32 + copy, 8 + copy),
             "compiled": (28, 12),  # the average apart: the parameter read once more
             # Pass by pass: decay 8, first moment 12, second 8 + 16, root 8, correction 8, eps 8, update 16; under a
             # scaler the gradients unscaled 8. The average 8 + 8 + 12, and the encoder's gradient norms 4.

@@ -76,7 +76,6 @@ class Trainer:
         else:
             self.forward = ranks.wrap(self.model, compress, config.runtime.accumulate)
         self.optimizer = build_optimizer(self.model, bf16)
-        self.optimizer.skip_nonfinite = True
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
         self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)

@@ -72,14 +72,14 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
 def build_optimizer(model: IJEPA, bf16: bool = False) -> AdamWEMA:
     """AdamW over the official groups and the target's EMA in one pass; set `.momentum` before each step.
 
-    `bf16`: the model's linear layers are given bf16 copies of their weights, which the optimizer keeps; not where the
-    model is sharded, since its weights are gathered in bf16.
+    A step whose gradients are not finite changes nothing. `bf16`: the model's linear layers are given bf16 copies of
+    their weights, which the optimizer keeps; not where the model is sharded, since its weights are gathered in bf16.
     """
     pairs = zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True)
     groups = parameter_groups(model.encoder, model.predictor)
     sharded = any(map(is_sharded, model.encoder.parameters()))
     copies = models.keep_copies(model) if bf16 and not sharded else None
-    optimizer = AdamWEMA(groups, target_params=dict(pairs), low_precision=copies)
+    optimizer = AdamWEMA(groups, target_params=dict(pairs), low_precision=copies, skip_nonfinite=True)
     if model.encoder.pos_embed.device.type == "cpu":
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-pass AdamW, where there is no kernel of ours
