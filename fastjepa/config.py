@@ -359,6 +359,9 @@ def _check(config: Config, source: str) -> None:
         f"logging.write_tag must be a plain file name, got {config.logging.write_tag!r}": (
             not re.fullmatch(r"[^/\\\0:*?\[\]]+", config.logging.write_tag) or config.logging.write_tag[0] == "."
         ),
+        "runtime.fp8_target cannot go with runtime.shard: weights in 8 bits are made once a step, of a whole layer": (
+            runtime.fp8_target and runtime.shard
+        ),
         "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
         "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,
         "runtime.seed must be at least 0": runtime.seed < 0,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -119,11 +121,11 @@ class Trainer:
         return (torch.stack(losses).sum(), torch.cat(features)) if len(losses) > 1 else (losses[0], features[0])
 
     def is_finite(self) -> bool:
-        """Whether every weight is, in all processes, each of which asks."""
+        """Whether every weight is; where they lie in parts, those of all processes, each of which asks."""
         bad = torch.zeros((), device=self.device)
         for tensor in self.model.state_dict().values():
             bad += local(tensor).isfinite().all().logical_not()
-        return not self.ranks.total(bad)
+        return not (self.ranks.total(bad) if self.config.runtime.shard else bad)
 
     def state(self, loss: float) -> dict:
         """What a checkpoint of this moment holds."""
@@ -232,6 +234,10 @@ def _train(
     source = checkpoints.source()
     if source is not None:
         trainer.step = restore(source, config, trainer.model, trainer.optimizer, batches.steps_per_epoch)
+    starts = ranks.of_each(trainer.step, trainer.device)
+    if len(set(starts)) > 1:
+        steps = ", ".join(map(str, starts))
+        raise ValueError(f"logging.folder must be one that all processes see: they would start from steps {steps}")
     total = config.optimization.epochs * batches.steps_per_epoch
     end = min(total, config.runtime.stop_after or total)
     if ranks.leads:
@@ -386,7 +392,8 @@ def write_parameters(config: Config) -> None:
     folder = Path(config.logging.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        link = next((entry for entry in folder.iterdir() if entry.is_symlink() and _is_ours(entry.name, config)), None)
+        links = (entry for entry in folder.iterdir() if entry.is_symlink() and _is_ours(entry.name, config))
+        link = next((entry for entry in links if not _names_a_checkpoint(entry, config)), None)
         if link is not None:
             raise ValueError(f"logging.folder: {link} is a symbolic link, and a run writes in its own folder alone")
         (folder / "params-ijepa.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
@@ -396,6 +403,11 @@ def write_parameters(config: Config) -> None:
 
 def _is_ours(name: str, config: Config) -> bool:
     return name in ("params-ijepa.yaml", "tensorboard") or name.lstrip(".").startswith(config.logging.write_tag)
+
+
+def _names_a_checkpoint(link: Path, config: Config) -> bool:
+    """Whether it is one of the links that name a checkpoint that is a folder beside them."""
+    return re.fullmatch(rf"{re.escape(config.logging.write_tag)}-step\d{{8}}(-\d+)?", os.readlink(link)) is not None
 
 
 def opening(config: Config, trainer: Trainer, batches: TrainingBatches, source: Path | None, end: int) -> str:

@@ -114,6 +114,12 @@ class Ranks:
         mine = torch.full((), float(tokens), device=device)
         return mine / self.total(mine.clone())
 
+    def of_each(self, number: int, device: torch.device) -> list[int]:
+        """Every process's number, in their order, on all of them."""
+        numbers = torch.zeros(self.world, dtype=torch.int64, device=device)
+        numbers[self.rank] = number
+        return self.total(numbers).tolist()
+
     def leader_says(self, yes: bool, device: torch.device) -> bool:
         """What the leader has said here, for what all must do alike and only their own clocks tell."""
         return bool(self.total(torch.full((), float(yes and self.leads), device=device)))
