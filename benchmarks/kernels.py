@@ -15,7 +15,8 @@ from benchmarks.operations import Operation, Peer, Run, Sizes
 from benchmarks.timing import captured, copy_bandwidth, matmul_rate, measure
 from fastjepa.chips import chip
 
-FILES = ("gather", "jepa_loss", "layer_norm", "gelu", "attention", "ema", "adamw_ema")  # kernels/X.py: bench_X.py
+# Of kernels/X.py and bench_X.py.
+FILES = ("gather", "jepa_loss", "layer_norm", "gelu", "fp8", "attention", "ema", "adamw_ema")
 CHIPS = tuple(chip(name) for name in ("a100-80g", "h200"))  # that the written floors are for
 
 COLUMNS = (

@@ -18,6 +18,7 @@ from benchmarks.kernels import CHIPS
 from benchmarks.operations import Sizes
 from fastjepa.kernels.attention import attention_cost
 from fastjepa.kernels.attention_tiles import head_parts
+from fastjepa.kernels.fp8 import quantise_rows_cost
 from fastjepa.kernels.gather import assemble_predictor_cost, gather_rows_cost, scatter_rows_cost
 from fastjepa.kernels.gelu import bias_gelu_cost
 from fastjepa.kernels.jepa_loss import jepa_loss_cost
@@ -93,6 +94,11 @@ def rows(sizes: Sizes | None = None) -> list[Row]:
             "bias + GELU fwd+bwd",
             both(*(bias_gelu_cost(context, 4 * s.width, s.dtype, backward=back) for back in (False, True))),
             2 * hidden + 3 * hidden + hidden,  # the bias in the product's epilogue; GELU, its backward, dbias
+        ),
+        Row(
+            "rows in 8 bits",
+            quantise_rows_cost(s.images * s.patches, 4 * s.width, s.dtype),
+            5 * s.images * s.patches * 4 * s.width,  # read for the largest, read again, a byte written
         ),
         attention("attention, context, fwd+bwd", lengths, s.heads, s.width),
         attention("attention, predictor, fwd+bwd", pairs, s.predictor_heads, s.predictor_width),

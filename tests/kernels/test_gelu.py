@@ -83,6 +83,7 @@ def test_strange_layouts(layout: str):
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(0, 150), width=st.integers(1, 300), dtype=st.sampled_from([torch.float32, torch.float16]))
 def test_any_shape(rows: int, width: int, dtype: torch.dtype):
+    torch.manual_seed(1000 * rows + width)
     # Upstream of one sign, so that dbias is not what is left of numbers that cancel.
     check(inputs(rows, width, dtype), randn(rows, width, dtype=dtype).abs(), few=True)
 
