@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks import count
+from benchmarks.children import forked
 from benchmarks.tables import columns
 from fastjepa.checkpoint import MODELS, read_checkpoint
 from fastjepa.config import Config, load_config
@@ -96,7 +97,6 @@ class Bench:
             file = self.folder / "pictures" / f"{number:03d}.png"
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (48, 56, 3), dtype=np.uint8)).save(file)
-        torch.set_num_threads(1)  # children are forked, and threads of the parent would not come with them
         self.plain = self.config(self.folder / "plain")
         if self.life(self.plain) != 0:
             raise ValueError("the undisturbed run failed")
@@ -132,8 +132,7 @@ class Bench:
 
         -9 and the like for one that a signal ended. The loss of `spoilt` steps is NaN.
         """
-        child = multiprocessing.get_context("fork").Process(target=_live, args=(config, strike, spoilt))
-        child.start()
+        child = forked(_live, config, strike, spoilt)
         child.join(until)
         if child.is_alive() and until is not None:
             os.kill(int(child.pid or 0), number)
@@ -361,8 +360,7 @@ def bad_pictures(bench: Bench, times: int) -> dict[str, Any]:
     Image.new("RGB", (30, 30)).save(folder / "ünïcode ☃.png")
     config = bench.fresh(f"data.root_path={folder}", "optimization.epochs=2")
     said = bench.folder / "said.txt"
-    child = multiprocessing.get_context("fork").Process(target=_say_to, args=(config, said))
-    child.start()
+    child = forked(_say_to, config, said)
     child.join()
     text = said.read_text()
     lines = [line for line in text.splitlines() if "cannot be read" in line]

@@ -8,6 +8,7 @@ each input bounded; an input that ends the process, takes too long, or raises an
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ import torch
 from PIL import Image
 
 from benchmarks import count, results
+from benchmarks.children import forked
 from benchmarks.tables import columns
 from fastjepa.checkpoint import MODELS, read_checkpoint
 from fastjepa.config import load_config, shipped_configs
@@ -43,6 +45,7 @@ from fastjepa.data.shards import TarShards
 MARKERS = "<!-- fuzz -->", "<!-- end of fuzz -->"
 INPUTS = 20_000
 SECONDS = 10.0  # of processor time for each input, at most
+PATIENCE = 300.0  # seconds for each input that takes no processor time; then the process says where it waits, and ends
 MEMORY = 2 << 30  # bytes that a reader may take beyond what it starts with
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -141,9 +144,7 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
 def fuzz(name: str, inputs: int, seed: int = 0) -> dict[str, Any]:
     """A row: how many inputs were read and refused, and a line for each that did otherwise."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_reads, args=(sender, name, inputs, seed))
-    torch.set_num_threads(1)  # the child is forked, and threads would not come with it
-    child.start()
+    child = forked(_reads, sender, name, inputs, seed)
     sender.close()
     row = {"reader": name, "error": READERS[name].error.__name__, "inputs": 0, "read": 0, "refused": 0, "found": []}
     row |= {"slowest": 0.0, "memory": 0}
@@ -188,6 +189,7 @@ def _reads(sender: Any, name: str, inputs: int, seed: int) -> None:
                     index = b"v1.2 2\njpg 512 700 a.jpg cls 2048 1 a.cls\njpg 3072 700 b.jpg cls 4608 1 b.cls\n"
                     path.with_suffix(reader.beside).write_bytes(mutated(index, [index], rng))
             began = time.process_time()
+            faulthandler.dump_traceback_later(PATIENCE, exit=True)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 reader.read(path)

@@ -42,6 +42,8 @@ def bad(kind: str):
         if len(data) % 2 and kind == "hangs":
             while True:
                 time.sleep(0)
+        if len(data) % 2 and kind == "waits":
+            time.sleep(1000)
         if kind == "takes memory":
             bytearray(2 * fuzz.MEMORY)
         raise ValueError("two\nlines" if kind == "talks" else "one line")
@@ -55,12 +57,14 @@ def bad(kind: str):
         ("raises", "KeyError: 'odd'"),
         ("dies", "the process ended with 7"),
         ("hangs", "_TooLong"),
+        ("waits", "the process ended with 1"),
         ("takes memory", "MemoryError"),
         ("talks", "refused in more than a line"),
     ],
 )
 def test_what_must_not_be_is_noticed(monkeypatch, kind, said):
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "PATIENCE", 3.0 if kind == "waits" else fuzz.PATIENCE)
     reader = replace(fuzz.READERS["results of suites"], read=bad(kind), by_hand=list)
     monkeypatch.setitem(fuzz.READERS, "bad", reader)
     row = fuzz.fuzz("bad", 12)

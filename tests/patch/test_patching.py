@@ -62,24 +62,28 @@ def test_everything_of_a_model_is_patched_and_nothing_of_it_moves():
 
 @pytest.mark.parametrize("on_kernels", [False, True], ids=["torch", "interpreted kernels"])
 def test_outputs_and_gradients_stay(monkeypatch: pytest.MonkeyPatch, on_kernels: bool):
+    """Each is at most twice as far from fp64 as torch is, over several draws: in one, how near torch comes is luck."""
     monkeypatch.setattr(library, "takes_kernels", lambda x: on_kernels and x.dtype == torch.float32)
-    encoder, predictor = VisionTransformer(depth=1), VisionTransformerPredictor()
-    context = torch.randn(2, 4, 24)
-    for model, arguments in ((encoder, (images(), MASKS)), (predictor, (context, MASKS[:1], MASKS))):
-        stock, exact = run(model, arguments), run(copy.deepcopy(model).double(), _double(arguments))
-        report = fastjepa.patch(model, probe=arguments)
-        ours = run(model, arguments)
-        assert report.verification is not None
-        assert report.verification.gradients is not None
-        for a, b, c in zip(ours, stock, exact, strict=True):
-            found = [(distance(x, z), distance(y, z)) for x, y, z in zip(a, b, c, strict=True) if z.norm() >= 1e-6]
-            # How near torch comes to one tensor of so few numbers is luck, and another processor's another luck: twice
-            # its distance is asked of all together, and of each no more than thrice.
-            assert math.hypot(*(ours_off for ours_off, _ in found)) <= 2 * math.hypot(
-                *(torchs_off for _, torchs_off in found)
-            )
-            for ours_off, torchs_off in found:
-                assert ours_off <= 3 * max(torchs_off, torch.finfo(torch.float32).eps)
+    offs: dict[tuple, list[tuple[float, float]]] = {}
+    for draw in range(4):
+        torch.manual_seed(draw)
+        for model, arguments in (
+            (VisionTransformer(depth=1), (torch.randn(2, 3, 16, 16), MASKS)),
+            (VisionTransformerPredictor(), (torch.randn(2, 4, 24), MASKS[:1], MASKS)),
+        ):
+            stock, exact = run(model, arguments), run(copy.deepcopy(model).double(), _double(arguments))
+            report = fastjepa.patch(model, probe=arguments)
+            ours = run(model, arguments)
+            assert report.verification is not None
+            assert report.verification.gradients is not None
+            for kind, (a, b, c) in enumerate(zip(ours, stock, exact, strict=True)):
+                for place, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
+                    if z.norm() >= 1e-6:
+                        offs.setdefault((type(model), kind, place), []).append((distance(x, z), distance(y, z)))
+    assert len(offs) > 20
+    for tensor, found in offs.items():
+        ours_off, torchs_off = (math.hypot(*of_all) / math.sqrt(len(found)) for of_all in zip(*found, strict=True))
+        assert ours_off <= 2 * max(torchs_off, torch.finfo(torch.float32).eps), tensor
 
 
 def test_a_step_of_training_is_the_same():

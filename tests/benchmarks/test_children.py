@@ -1,0 +1,34 @@
+"""Forked processes that are killed or hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from tqdm import tqdm
+
+from benchmarks.children import forked
+
+
+def die_with_the_lock() -> None:
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_killed_as_it_writes_stops_no_other():
+    shared = tqdm.get_lock()
+    child = forked(die_with_the_lock)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    free = [lock.acquire(False) for lock in shared.locks]
+    assert len(free) == 2
+    assert all(free)
+    shared.release()
+
+
+def test_one_that_hangs_says_where_and_ends(capfd):
+    child = forked(time.sleep, 1000, patience=1.0)
+    child.join()
+    assert child.exitcode == 1
+    assert "in _run" in capfd.readouterr().err
