@@ -5,6 +5,8 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import multiprocessing.process
+import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +14,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-PATIENCE = 600.0  # seconds after which one that still runs says where, and ends with status 1
+PATIENCE = 600.0  # seconds that one may take
 
 
-def forked(
-    target: Callable[..., None], *arguments: Any, patience: float = PATIENCE
-) -> multiprocessing.process.BaseProcess:
+def forked(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
     """A started process that calls `target`."""
     torch.set_num_threads(1)  # threads of this process would not come with the child, which would wait for them
-    child = multiprocessing.get_context("fork").Process(target=_run, args=(patience, target, arguments))
+    child = multiprocessing.get_context("fork").Process(target=_run, args=(target, arguments))
     child.start()
     return child
 
 
-def _run(patience: float, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    faulthandler.dump_traceback_later(patience, exit=True)
+def ended(child: multiprocessing.process.BaseProcess, patience: float = PATIENCE) -> int:
+    """Its exit status once it has ended; one that does not in `patience` seconds is made to say where it is, and end."""
+    child.join(patience)
+    if child.is_alive():
+        os.kill(int(child.pid or 0), signal.SIGABRT)
+        child.join()
+    return int(child.exitcode or 0)
+
+
+def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    faulthandler.enable()
     # tqdm's lock is one of all processes: killed while it holds that one, this one would stop them all.
     tqdm.set_lock(threading.RLock())
     target(*arguments)

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks import count
-from benchmarks.children import forked
+from benchmarks.children import ended, forked
 from benchmarks.tables import columns
 from fastjepa.checkpoint import MODELS, read_checkpoint
 from fastjepa.config import Config, load_config
@@ -133,11 +133,11 @@ class Bench:
         -9 and the like for one that a signal ended. The loss of `spoilt` steps is NaN.
         """
         child = forked(_live, config, strike, spoilt)
-        child.join(until)
-        if child.is_alive() and until is not None:
+        if until is not None:
+            child.join(until)
+        if until is not None and child.is_alive():
             os.kill(int(child.pid or 0), number)
-            child.join()
-        return int(child.exitcode or 0)
+        return ended(child)
 
     def lives(self, config: Config, times: int, number: int) -> list[int]:
         """Signal `number` at `times` random moments of a run, which then goes to its end.
@@ -360,13 +360,12 @@ def bad_pictures(bench: Bench, times: int) -> dict[str, Any]:
     Image.new("RGB", (30, 30)).save(folder / "ünïcode ☃.png")
     config = bench.fresh(f"data.root_path={folder}", "optimization.epochs=2")
     said = bench.folder / "said.txt"
-    child = forked(_say_to, config, said)
-    child.join()
+    status = ended(forked(_say_to, config, said))
     text = said.read_text()
     lines = [line for line in text.splitlines() if "cannot be read" in line]
     unsaid = [name for name in kinds if not any(name in line for line in lines)]
     refused = [name for name in odd if any(name in line for line in lines)]
-    wrong = f"exit status {child.exitcode}" if child.exitcode else ""
+    wrong = f"exit status {status}" if status else ""
     wrong = wrong or (f"nothing said of {unsaid}" if unsaid else f"{refused} refused" if refused else "")
     how = f"{len(kinds)} unreadable files, {len(odd)} odd kinds, a loop of links and a name in unicode in one folder"
     return _row(how, 1, "each unreadable one is named, counted and replaced; the others are trained on", wrong)

@@ -8,7 +8,7 @@ each input bounded; an input that ends the process, takes too long, or raises an
 from __future__ import annotations
 
 import argparse
-import faulthandler
+import contextlib
 import io
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from benchmarks import count, results
-from benchmarks.children import forked
+from benchmarks.children import ended, forked
 from benchmarks.tables import columns
 from fastjepa.checkpoint import MODELS, read_checkpoint
 from fastjepa.config import load_config, shipped_configs
@@ -45,7 +45,9 @@ from fastjepa.data.shards import TarShards
 MARKERS = "<!-- fuzz -->", "<!-- end of fuzz -->"
 INPUTS = 20_000
 SECONDS = 10.0  # of processor time for each input, at most
-PATIENCE = 300.0  # seconds for each input that takes no processor time; then the process says where it waits, and ends
+PATIENCE = (
+    600.0  # seconds without a word of a hundred inputs, which then takes no processor time and has to say where it is
+)
 MEMORY = 2 << 30  # bytes that a reader may take beyond what it starts with
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -148,13 +150,11 @@ def fuzz(name: str, inputs: int, seed: int = 0) -> dict[str, Any]:
     sender.close()
     row = {"reader": name, "error": READERS[name].error.__name__, "inputs": 0, "read": 0, "refused": 0, "found": []}
     row |= {"slowest": 0.0, "memory": 0}
-    try:
-        while True:
+    with contextlib.suppress(EOFError):
+        while receiver.poll(PATIENCE):
             row |= receiver.recv()
-    except EOFError:
-        child.join()
-    if child.exitcode:
-        row["found"] = [*row["found"], f"the process ended with {child.exitcode} after {row['inputs']} inputs"]
+    if status := ended(child, patience=1.0):
+        row["found"] = [*row["found"], f"the process ended with {status} after {row['inputs']} inputs"]
     return row
 
 
@@ -189,7 +189,6 @@ def _reads(sender: Any, name: str, inputs: int, seed: int) -> None:
                     index = b"v1.2 2\njpg 512 700 a.jpg cls 2048 1 a.cls\njpg 3072 700 b.jpg cls 4608 1 b.cls\n"
                     path.with_suffix(reader.beside).write_bytes(mutated(index, [index], rng))
             began = time.process_time()
-            faulthandler.dump_traceback_later(PATIENCE, exit=True)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 reader.read(path)

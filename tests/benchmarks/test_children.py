@@ -8,7 +8,7 @@ import time
 
 from tqdm import tqdm
 
-from benchmarks.children import forked
+from benchmarks.children import ended, forked
 
 
 def die_with_the_lock() -> None:
@@ -18,9 +18,7 @@ def die_with_the_lock() -> None:
 
 def test_one_killed_as_it_writes_stops_no_other():
     shared = tqdm.get_lock()
-    child = forked(die_with_the_lock)
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    assert ended(forked(die_with_the_lock)) == -signal.SIGKILL
     free = [lock.acquire(False) for lock in shared.locks]
     assert len(free) == 2
     assert all(free)
@@ -28,7 +26,5 @@ def test_one_killed_as_it_writes_stops_no_other():
 
 
 def test_one_that_hangs_says_where_and_ends(capfd):
-    child = forked(time.sleep, 1000, patience=1.0)
-    child.join()
-    assert child.exitcode == 1
+    assert ended(forked(time.sleep, 1000), patience=1.0) == -signal.SIGABRT
     assert "in _run" in capfd.readouterr().err

@@ -57,7 +57,7 @@ def bad(kind: str):
         ("raises", "KeyError: 'odd'"),
         ("dies", "the process ended with 7"),
         ("hangs", "_TooLong"),
-        ("waits", "the process ended with 1"),
+        ("waits", "the process ended with -6"),
         ("takes memory", "MemoryError"),
         ("talks", "refused in more than a line"),
     ],
