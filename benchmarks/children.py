@@ -26,7 +26,7 @@ def forked(target: Callable[..., None], *arguments: Any) -> multiprocessing.proc
 
 
 def ended(child: multiprocessing.process.BaseProcess, patience: float = PATIENCE) -> int:
-    """Its exit status once it has ended; one that does not in `patience` seconds is made to say where it is, and end."""
+    """Its exit status, as it is waited for; one that goes on for `patience` seconds has to say where it is, and end."""
     child.join(patience)
     if child.is_alive():
         os.kill(int(child.pid or 0), signal.SIGABRT)

@@ -150,10 +150,12 @@ def fuzz(name: str, inputs: int, seed: int = 0) -> dict[str, Any]:
     sender.close()
     row = {"reader": name, "error": READERS[name].error.__name__, "inputs": 0, "read": 0, "refused": 0, "found": []}
     row |= {"slowest": 0.0, "memory": 0}
+    patience = PATIENCE
     with contextlib.suppress(EOFError):
         while receiver.poll(PATIENCE):
             row |= receiver.recv()
-    if status := ended(child, patience=1.0):
+        patience = 0.0  # no word, and no end either
+    if status := ended(child, patience):
         row["found"] = [*row["found"], f"the process ended with {status} after {row['inputs']} inputs"]
     return row
 
