@@ -38,11 +38,11 @@ $(VENV)/.%: pyproject.toml setup.py | $(VENV)/.made
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastjepa demo $(if $(DATA),--data '$(DATA)')
 
-# Tests that compare times run first and alone; the rest share the cores, and one that hangs fails after 20 minutes. Exit
+# Tests that compare times run first and alone; the rest share the cores, and one that hangs fails after 15 minutes. Exit
 # status 5 is "no such test".
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest -m timing $(PYTEST_ARGS); timing=$$?; \
-	$(BIN)/python -m pytest -m 'not timing' --timeout 1200 -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS) \
+	$(BIN)/python -m pytest -m 'not timing' --timeout 900 -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS) \
 	&& { [ $$timing -eq 0 ] || [ $$timing -eq 5 ]; }
 
 # A suite that fails says so and does not keep the others from running; the report shows what there is.

@@ -19,7 +19,7 @@ from benchmarks.machine import clocks, here, joules
 from benchmarks.masks import SETTINGS
 from benchmarks.tables import columns
 from benchmarks.timing import Roofs, matmul_rate
-from benchmarks.ways import Compiled, Eager, Fast, FastRagged, Masks, Way, naive_models, official
+from benchmarks.ways import Compiled, Eager, Fast, FastRagged, Masks, Way, naive_models, official, require_checkout
 from fastjepa import IJEPA, MaskCollator, Ragged
 from fastjepa.chips import chip_of
 from fastjepa.nn import set_narrow_stream
@@ -110,6 +110,8 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.official:
+        require_checkout(arguments.official)
     device = here()
     deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
     work = Work(

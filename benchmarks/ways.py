@@ -275,11 +275,18 @@ def official(checkout: Path, name: str, model: IJEPA, bf16: bool = False) -> Off
     return Official((theirs.to(device), theirs_too.to(device)), helpers, bf16)
 
 
+def require_checkout(folder: Path) -> None:
+    """Raises:
+    ValueError: the folder does not hold the published code.
+    """
+    if not (folder / "src" / "models" / "vision_transformer.py").is_file():
+        raise ValueError(f"--official: {folder} is no checkout of the published code (no src/models there)")
+
+
 @contextmanager
 def _modules(checkout: Path, names: Sequence[str]):
     """Modules of a checkout's `src`, which is taken out of the interpreter's tables again."""
-    if not (checkout / "src" / "models" / "vision_transformer.py").is_file():
-        raise ValueError(f"--official: {checkout} is no checkout of the published code (no src/models there)")
+    require_checkout(checkout)
     sys.path.insert(0, str(checkout))
     try:
         found: list[ModuleType] = [import_module(name) for name in names]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -113,7 +114,10 @@ def draw(config: Config, batch_size: int, ragged: bool, count: int | None = None
         ValueError: settings that admit no mask.
     """
     count = count or min(MOST, max(FEWEST, SHOWN // batch_size))
-    batches = tuple(_drawn(config, batch_size, ragged, count))
+    mask = config.mask
+    scales = tuple(mask.enc_mask_scale), tuple(mask.pred_mask_scale), tuple(mask.aspect_ratio)
+    limits = mask.num_enc_masks, mask.num_pred_masks, mask.min_keep, mask.allow_overlap, ragged
+    batches = _drawn(config.data.crop_size, mask.patch_size, scales, limits, batch_size, count)
     mean = Batch(
         Tokens(*(sum(getattr(b.tokens, f.name) for b in batches) / count for f in fields(Tokens))),
         sum(b.kept for b in batches) / count,
@@ -122,24 +126,17 @@ def draw(config: Config, batch_size: int, ragged: bool, count: int | None = None
     return Batches(batches, mean, mean.tokens.context / batch_size, mean.tokens.target / targets)
 
 
-def _drawn(config: Config, batch_size: int, ragged: bool, count: int) -> Iterator[Batch]:
-    mask, pixels = config.mask, config.data.crop_size
-    collator = MaskCollator(
-        (pixels, pixels),
-        mask.patch_size,
-        mask.enc_mask_scale,
-        mask.pred_mask_scale,
-        mask.aspect_ratio,
-        mask.num_enc_masks,
-        mask.num_pred_masks,
-        mask.min_keep,
-        mask.allow_overlap,
-        ragged,
-    )
+@cache  # a plan asks for the masks of every measured step, many of them alike
+def _drawn(
+    pixels: int, patch_size: int, scales: tuple[Any, ...], limits: tuple[Any, ...], batch_size: int, count: int
+) -> tuple[Batch, ...]:
+    collator = MaskCollator((pixels, pixels), patch_size, *scales, *limits)
+    patches = collator.height * collator.width
+    batches = []
     for number in range(count):
         masks = collator.sample(batch_size, [SEED, number])
-        patches = collator.height * collator.width
         targets = masks[1] if isinstance(masks[1], Ragged) else masks_to_ragged(masks[1])
         named = torch.zeros(batch_size * patches, dtype=torch.bool)
         named[image_rows(targets, batch_size, patches)] = True
-        yield Batch(Tokens.of(batch_size, *masks), float(named.sum()))
+        batches.append(Batch(Tokens.of(batch_size, *masks), float(named.sum())))
+    return tuple(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -417,6 +418,8 @@ def test_distributed_data_parallel(tmp_path: Path, first: str):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         report.undo()
         assert type(model.norm) is nn.LayerNorm
+        del wrapped
+        gc.collect()  # it holds the group, which is to end here and not whenever garbage is collected
     finally:
         torch.distributed.destroy_process_group()
 
