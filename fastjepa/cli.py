@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
     train.set_defaults(run=_train)
 
+    _add_submit(commands.add_parser("submit", help="train as a job of SLURM, queued again until it is done"))
+
     data = commands.add_parser("data", help="make shards of pictures", description="Pictures, before a run.")
     _add_pack(data.add_subparsers(dest="task", required=True, metavar="TASK"))
 
@@ -81,6 +84,26 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     _add_plan(commands.add_parser("plan", help="hours, money and memory of a run on GPUs that need not be here"))
     return top
+
+
+def _add_submit(command: argparse.ArgumentParser) -> None:
+    """The options of `submit`."""
+    command.description = "Submit a run to SLURM (by submitit): it saves before its time is up, and is queued again."
+    command.add_argument("config", help="as of train")
+    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as of train")
+    command.add_argument("--nodes", type=int, default=1, metavar="COUNT", help="default: %(default)s")
+    command.add_argument("--gpus-per-node", type=int, default=8, metavar="COUNT", help="default: %(default)s")
+    command.add_argument("--processes-per-node", type=int, metavar="COUNT", help="default: one a GPU")
+    command.add_argument("--cpus-per-process", type=int, default=8, metavar="CORES", help="default: %(default)s")
+    command.add_argument("--hours", type=float, default=24.0, help="that it may take each time; default: 24")
+    command.add_argument("--requeues", type=int, default=10, metavar="COUNT", help="after them; default: %(default)s")
+    for name in ("partition", "account", "qos", "constraint"):
+        command.add_argument(f"--{name}", metavar="NAME", help="of SLURM")
+    command.add_argument("--folder", default="runs/jobs", help="of the job's logs; default: %(default)s")
+    command.add_argument("--cluster", choices=["slurm", "local"], help="default: SLURM where it is, else this machine")
+    command.add_argument("--wait", action="store_true", help="until the job is done; then as train")
+    command.add_argument("--json", metavar="FILE", help="write the job, or with --wait its result, there")
+    command.set_defaults(run=_submit)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -189,6 +212,25 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.json != "-":
         print(f"{result.steps} steps done, loss {result.loss:.4f}; checkpoint: {result.checkpoint}")
     return RESUMABLE if result.stopped and result.stopped != "SIGINT" else 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from fastjepa.submit import submit
+
+    ours = ("run", "command", "traceback", "wait", "json")
+    job = submit(**{name: value for name, value in vars(arguments).items() if name not in ours})
+    told = {"job": job.job_id, "logs": str(job.paths.stderr)}
+    if arguments.json != "-":
+        print("job {job}: {logs}".format(**told))
+    if arguments.wait:
+        if (failed := job.exception()) is not None:  # with the whole of a traceback in it
+            lines = [line for line in str(failed).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+            print(f"fastjepa submit: the job failed: {lines[-1] if lines else failed}", file=sys.stderr)
+            return 1
+        told |= job.result()
+    if arguments.json:
+        _write_json(told, arguments.json)
+    return 0
 
 
 def _pack(arguments: argparse.Namespace) -> int:

@@ -54,6 +54,7 @@ PACKAGES = (
     Package("matplotlib", ("matplotlib",), "matplotlib", "plots", "pip install matplotlib"),
     Package("tensorboard", ("tensorboard",), "tensorboard", "curves", "pip install tensorboard"),
     Package("wandb", ("wandb",), "wandb", "curves", "pip install wandb"),
+    Package("submitit", ("submitit",), "submitit", "jobs of SLURM", "pip install submitit"),
     Package("nvidia-ml-py", ("nvidia-ml-py",), "pynvml", "driver and clocks", "pip install nvidia-ml-py"),
 )
 

@@ -43,7 +43,7 @@ LAYERS = (
     ("fastjepa",),
     ("evaluation",),
     ("training",),
-    ("demo", "doctor", "export", "plan"),
+    ("demo", "doctor", "export", "plan", "submit"),
     ("cli",),
     ("__main__", "apart"),
 )

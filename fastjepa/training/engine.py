@@ -211,8 +211,8 @@ def train(config: Config, on_step: Callable[[Trainer], None] | None = None) -> T
     """Train as `config` says, from the start or from a checkpoint, to the end or to runtime.stop_after.
 
     In each of several processes (torchrun, srun) this takes the process's part. `on_step` is called with the trainer
-    after each step. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run as if it was asked to stop there:
-    a single process after the step, several after the next `logging.every`, when they agree.
+    after each step. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C save a checkpoint and end the run as if it was asked to stop
+    there: a single process after the step, several after the next `logging.every`, when they agree.
 
     Raises:
         ValueError: a configuration, picture folder or checkpoint that will not do; says what would.

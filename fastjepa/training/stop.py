@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 RESUMABLE = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")  # SLURM's and torchrun's ways to ask, and Ctrl-C
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")  # SLURM's, torchrun's and submitit's ways to ask, and Ctrl-C
 
 
 class StopSignals:
