@@ -214,6 +214,63 @@ def test_a_process_that_lags_changes_nothing(pictures, tmp_path, alone):
     assert_same(newest(config), alone)
 
 
+def test_a_process_of_a_sharded_run_holds_its_part_alone(pictures, tmp_path):
+    """Of everything but positions; and a loss that is not finite in one process is skipped in all."""
+    config = config_of(pictures, tmp_path, 4, **SHARDED)
+    command = scripted(
+        2,
+        config,
+        tmp_path,
+        "import os, sys\n"
+        "from fastjepa.config import load_config\n"
+        "from fastjepa.training import engine\n"
+        "real, rank = engine.Trainer.train_step, os.environ['RANK']\n"
+        "def spoilt(trainer, batch):\n"
+        "    bad = rank == '1' and trainer.step in (3, 4)\n"
+        "    hook = lambda m, i, out: (out[0] + float('inf'), out[1]) if bad else out\n"
+        "    handle = trainer.forward.register_forward_hook(hook)\n"
+        "    try:\n"
+        "        return real(trainer, batch)\n"
+        "    finally:\n"
+        "        handle.remove()\n"
+        "engine.Trainer.train_step = spoilt\n"
+        "def count(trainer):\n"
+        "    held = {n: getattr(p, '_local_tensor', p).numel() for n, p in trainer.model.named_parameters()}\n"
+        "    whole = {n: p.numel() for n, p in trainer.model.named_parameters()}\n"
+        "    sizes = [sum(v for n, v in x.items() if 'pos_embed' not in n) for x in (held, whole)]\n"
+        "    state = [v for s in trainer.optimizer.state.values() for v in s.values()]\n"
+        "    moments = sum(getattr(v, '_local_tensor', v).numel() for v in state)\n"
+        "    with open(f'{sys.argv[1]}.{rank}', 'w') as file:\n"
+        "        print(*sizes, moments, file=file)\n"
+        "engine.train(load_config(sys.argv[1]), count)\n",
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    held = [[int(n) for n in (tmp_path / f"config.yaml.{rank}").read_text().split()] for rank in range(2)]
+    assert held[0][1] == held[1][1] == held[0][0] + held[1][0]
+    assert all(0.45 < mine / whole < 0.55 for mine, whole, _ in held)
+    assert all(moments < 1.1 * mine for mine, _, moments in held)  # two of each trained weight, none of the target's
+    rows = (tmp_path / "jepa_r0.csv").read_text().splitlines()
+    assert [row[-1] for row in rows[1:]] == list("0001100000")
+
+
+def test_processes_that_would_start_from_different_steps_do_not(pictures, tmp_path):
+    run(1, config_of(pictures, tmp_path / "0", 8, stop_after=3), tmp_path / "0")
+    command = scripted(
+        2,
+        config_of(pictures, tmp_path / "2", 4),
+        tmp_path / "2",
+        "import os, sys\n"
+        "from fastjepa.config import load_config\n"
+        "from fastjepa.training import train\n"
+        f"folder = '{tmp_path}/' + os.environ['RANK']\n"
+        "train(load_config(sys.argv[1], ['runtime.resume=true', 'logging.folder=' + folder]))\n",
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "logging.folder must be one that all processes see: they would start from steps 3, 0" in done.stderr
+
+
 def test_a_process_that_dies_is_started_again(pictures, tmp_path, alone):
     """torchrun starts all anew, and they go on from the last checkpoint by themselves."""
     config = config_of(pictures, tmp_path, 4, save_every=2)
