@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 REST = "run.pth.tar"
 _CLASSES = {
@@ -62,13 +62,14 @@ def join(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, An
 
 
 class Saves:
-    """Saves of one run, one at a time, the writing behind the training's back where several processes train."""
+    """Saves of one run, one at a time, the writing behind the training's back."""
 
     def __init__(self, several: bool, pinned: bool):
         # A group of its own, since it talks from another thread, between the training's own messages.
         self.group: Any = dist.new_group(backend="gloo") if several else None
         self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
-        self.pending: Any = None
+        self.pending: tuple[Any, Path] | None = None
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that there is a single process
 
     def begin(self, tensors: dict[str, Tensor], folder: Path, done: Callable[[], None]) -> None:
         """Copy the tensors, which every process gives, and have them written to `folder`, which must not be there.
@@ -76,18 +77,17 @@ class Saves:
         `done` is called in the first process, in another thread, once every process has written all of its part.
 
         Raises:
-            OSError: a single process could not write.
+            OSError: what was being written could not be.
         """
         self.wait()
-        writer = _Writer(folder, done)
-        if self.group is not None:
-            self.pending = async_save(
-                tensors, storage_writer=writer, async_stager=self.stager, process_group=self.group
-            )
-            return
-        with _told(folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is a single process
-            save(tensors, storage_writer=writer, no_dist=True)
+        writing = async_save(
+            tensors,
+            storage_writer=_Writer(folder, done),
+            async_stager=self.stager,
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        self.pending = writing, folder
 
     def wait(self) -> None:
         """Wait for what is being written.
@@ -97,12 +97,13 @@ class Saves:
         """
         pending, self.pending = self.pending, None
         if pending is not None:
-            with _told("a checkpoint"):
-                pending.result()
+            writing, folder = pending
+            with _told(folder):
+                writing.result()
 
 
 @contextmanager
-def _told(what: object) -> Iterator[None]:
+def _told(what: Path) -> Iterator[None]:
     """Whatever keeps torch from writing, as one OSError."""
     try:
         yield
