@@ -38,8 +38,10 @@ $(VENV)/.%: pyproject.toml setup.py | $(VENV)/.made
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastjepa demo $(if $(DATA),--data '$(DATA)')
 
+# Sets have the same order in every run (PYTHONHASHSEED), so that what fails once fails again.
 # Tests that compare times run first and alone; the rest share the cores, and one that hangs fails after 15 minutes. Exit
 # status 5 is "no such test".
+test: export PYTHONHASHSEED = 0
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest -m timing $(PYTEST_ARGS); timing=$$?; \
 	$(BIN)/python -m pytest -m 'not timing' --timeout 900 -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS) \
