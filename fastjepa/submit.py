@@ -31,7 +31,8 @@ class Job:
         result = train(load_config(self.config, self.overrides))
         if result.stopped:
             if result.stopped not in ("SIGTERM", "SIGINT"):  # those are of somebody who wants the job to end
-                signal.raise_signal(environment._usr_sig())  # submitit's handler, which queues the job again
+                again = signal.Signals[f"SIG{environment.USR_SIG}"]
+                signal.raise_signal(again)  # submitit's handler of it queues the job again, and ends the first process
             sys.exit(RESUMABLE)
         return {"steps": result.steps, "loss": result.loss, "checkpoint": str(result.checkpoint)}
 

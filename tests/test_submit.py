@@ -60,6 +60,17 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def strike(job, log: Path, number: int, processes: int) -> None:
+    """Send a signal to the job's processes once they have trained for some steps."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    first = children(int(job.job_id))
+    assert len(first) == processes
+    for pid in first:
+        os.kill(pid, number)
+
+
 def newest(folder: Path) -> dict:
     return read_checkpoint(folder / "jepa-latest.pth.tar")
 
@@ -73,13 +84,7 @@ def test_two_processes_that_are_preempted_are_started_again(pictures, tmp_path):
         written(settings(pictures, folder, 4, epochs), folder), folder=tmp_path / "logs", processes_per_node=2, **HERE
     )
     log = folder / "jepa_r0.csv"
-    end = time.monotonic() + 300
-    while time.monotonic() < end and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.05)
-    first = children(int(job.job_id))
-    assert len(first) == 2
-    for pid in first:
-        os.kill(pid, signal.SIGUSR2)
+    strike(job, log, signal.SIGUSR2, processes=2)
     results = job.results()
     said = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.err"))
     assert said.count("stopped by SIGUSR2") == 1
@@ -91,6 +96,16 @@ def test_two_processes_that_are_preempted_are_started_again(pictures, tmp_path):
             assert torch.allclose(found[name][key], value, rtol=1e-4, atol=1e-5), (name, key)
     steps = [int(row.split(",")[1]) for row in log.read_text().splitlines()[1:]]
     assert len(steps) == alone.steps
+
+
+def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(pictures, tmp_path):
+    folder = tmp_path / "job"
+    job = submit(written(settings(pictures, folder, 8, 500), folder), folder=tmp_path / "logs", **HERE)
+    strike(job, folder / "jepa_r0.csv", signal.SIGTERM, processes=1)
+    job.wait()
+    assert newest(folder)["fastjepa"]["step"] > 3
+    assert "stopped by SIGTERM" in job.stderr()
+    assert job.exception() is not None
 
 
 def test_the_command_waits_and_says_what_failed(pictures, tmp_path, capfd):
