@@ -184,6 +184,16 @@ def test_no_rows_no_context_no_mask_token():
     check_predictor([randn(9, 16), token, pos, torch.zeros_like(source), patches], randn(20, 16))
 
 
+@pytest.mark.gpu
+def test_rows_beyond_2_to_the_31_elements_on_a_gpu():
+    """Of a table of 4.3 GB."""
+    x = torch.empty(2**21 + 8, 1024, dtype=torch.float16, device=DEVICE)
+    x[-8:] = randn(8, 1024)
+    rows = torch.tensor([2**21 + 7, 2**21, 2**21 + 3], device=DEVICE)
+    assert int(rows.min()) * x.shape[1] >= 2**31
+    assert torch.equal(gather_rows(x, rows), x[-8:][rows - 2**21])
+
+
 def test_inverse_lists_tokens_in_order():
     rows = torch.tensor([2, 0, 2, -1, 3, 2, -1], dtype=torch.int32, device=DEVICE)
     order, starts = row_inverse(rows, 5)
