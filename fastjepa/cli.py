@@ -227,7 +227,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             lines = [line for line in str(failed).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
             print(f"fastjepa submit: the job failed: {lines[-1] if lines else failed}", file=sys.stderr)
             return 1
-        told |= job.result()
+        told |= job.results()[0]  # each process tells the same
     if arguments.json:
         _write_json(told, arguments.json)
     return 0

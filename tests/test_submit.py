@@ -109,9 +109,9 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(pictures, tmp_pat
 
 
 def test_the_command_waits_and_says_what_failed(pictures, tmp_path, capfd):
-    file = written(settings(pictures, tmp_path / "run", 8, 1), tmp_path / "run")
+    file = written(settings(pictures, tmp_path / "run", 4, 1), tmp_path / "run")
     words = ["submit", file, "--cluster", "local", "--gpus-per-node", "0", "--wait", "--folder", str(tmp_path / "logs")]
-    assert main([*words, "--json", "-"]) == 0
+    assert main([*words, "--processes-per-node", "2", "--json", "-"]) == 0
     assert '"steps": 3' in capfd.readouterr().out
     (tmp_path / "run" / "jepa-latest.pth.tar").unlink()
     (tmp_path / "run" / "jepa-latest.pth.tar").write_bytes(b"no checkpoint")
