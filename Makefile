@@ -38,14 +38,10 @@ $(VENV)/.%: pyproject.toml setup.py | $(VENV)/.made
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastjepa demo $(if $(DATA),--data '$(DATA)')
 
-# Sets have the same order in every run (PYTHONHASHSEED), so that what fails once fails again.
-# Tests that compare times run first and alone; the rest share the cores, and one that hangs fails after 15 minutes. Exit
-# status 5 is "no such test".
+# One that hangs fails after 15 minutes. Sets have the same order in every run, so that what fails once fails again.
 test: export PYTHONHASHSEED = 0
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -m timing $(PYTEST_ARGS); timing=$$?; \
-	$(BIN)/python -m pytest -m 'not timing' --timeout 900 -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS) \
-	&& { [ $$timing -eq 0 ] || [ $$timing -eq 5 ]; }
+	$(BIN)/python -m pytest --timeout 900 -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS)
 
 # A suite that fails says so and does not keep the others from running; the report shows what there is.
 bench: $(VENV)/.bench

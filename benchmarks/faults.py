@@ -135,8 +135,8 @@ class Bench:
         child = forked(_live, config, strike, spoilt)
         if until is not None:
             child.join(until)
-        if until is not None and child.is_alive():
-            os.kill(int(child.pid or 0), number)
+            if child.is_alive():
+                os.kill(int(child.pid or 0), number)
         return ended(child)
 
     def lives(self, config: Config, times: int, number: int) -> list[int]:

@@ -45,9 +45,7 @@ from fastjepa.data.shards import TarShards
 MARKERS = "<!-- fuzz -->", "<!-- end of fuzz -->"
 INPUTS = 20_000
 SECONDS = 10.0  # of processor time for each input, at most
-PATIENCE = (
-    600.0  # seconds without a word of a hundred inputs, which then takes no processor time and has to say where it is
-)
+PATIENCE = 600.0  # seconds for each hundred inputs, also for one that takes no processor time
 MEMORY = 2 << 30  # bytes that a reader may take beyond what it starts with
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 

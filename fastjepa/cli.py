@@ -225,7 +225,10 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.wait:
         if (failed := job.exception()) is not None:  # with the whole of a traceback in it
             lines = [line for line in str(failed).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
-            print(f"fastjepa submit: the job failed: {lines[-1] if lines else failed}", file=sys.stderr)
+            print(
+                f"fastjepa submit: the job failed: {lines[-1] if lines else ' '.join(str(failed).split())}",
+                file=sys.stderr,
+            )
             return 1
         told |= job.results()[0]  # each process tells the same
     if arguments.json:

@@ -59,7 +59,7 @@ def submit(
 
     Arguments:
         config: a YAML file or the name of a shipped one; `overrides`: section.key=value.
-        processes_per_node: one a GPU unless given; needed where there are no GPUs.
+        processes_per_node: one a GPU unless given, and one where there are no GPUs.
         hours: that the job may take each time it starts. requeues: how often it is queued again when they are over;
             preemption is not counted.
         folder: of the job's logs, which every node sees. Submitit keeps the job there as a pickle, and runs it.
@@ -76,10 +76,11 @@ def submit(
         submitit = import_module("submitit")
     except ImportError as error:
         raise ValueError("submitit is not installed; pip install 'fastjepa[slurm]'") from error
+    processes = (gpus_per_node or 1) if processes_per_node is None else processes_per_node
     for name, value, least in (
         ("nodes", nodes, 1),
         ("gpus-per-node", gpus_per_node, 0),
-        ("processes-per-node", processes_per_node or gpus_per_node or 1, 1),
+        ("processes-per-node", processes, 1),
         ("cpus-per-process", cpus_per_process, 1),
         ("requeues", requeues, 0),
     ):
@@ -97,7 +98,7 @@ def submit(
         executor.update_parameters(
             name="fastjepa",
             nodes=nodes,
-            tasks_per_node=processes_per_node or gpus_per_node or 1,
+            tasks_per_node=processes,
             gpus_per_node=gpus_per_node,
             cpus_per_task=cpus_per_process,
             timeout_min=round(hours * 60),

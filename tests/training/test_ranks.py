@@ -96,11 +96,13 @@ def newest(config) -> dict:
     return read_checkpoint(Path(config.logging.folder) / f"jepa-latest{kind}")
 
 
-def scripted(world: int, config, folder: Path, script: str) -> list[str]:
-    """The command that runs a script, with the configuration's file as its argument, in `world` processes."""
-    launcher = launched(world, config, folder)
+def scripted(world: int, config, folder: Path, script: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """A script that was run, with the configuration's file as its argument, in `world` processes."""
+    launcher = launched(world, config, folder, restarts=restarts)
     (folder / "train.py").write_text(script)
-    return [*launcher[: launcher.index("-m", 2)], str(folder / "train.py"), str(folder / "config.yaml")]
+    start = launcher[: launcher.index("fastjepa") - 1]
+    command = [*start, str(folder / "train.py"), str(folder / "config.yaml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def config_of(pictures, folder: Path, batch_size: int, **runtime):
@@ -167,7 +169,7 @@ def test_a_run_goes_on_with_other_processes_and_other_checkpoints(pictures, tmp_
 def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(pictures, tmp_path, alone):
     """Every process has written its part, and the one that would say so is gone."""
     config = config_of(pictures, tmp_path, 4, save_every=2, **SHARDED)
-    command = scripted(
+    done = scripted(
         2,
         config,
         tmp_path,
@@ -184,7 +186,6 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(pictures, t
         "dcp._Writer.finish = strike\n"
         "train(load_config(sys.argv[1]))\n",
     )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert newest(config)["fastjepa"]["step"] == 3  # saved after steps 2 and 3, an epoch, and then never
     (part,) = tmp_path.glob(".jepa-step*.part")
@@ -196,7 +197,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(pictures, t
 def test_a_process_that_lags_changes_nothing(pictures, tmp_path, alone):
     """Nor does the number of workers that read pictures."""
     config = config_of(pictures, tmp_path, 4, **SHARDED)
-    command = scripted(
+    done = scripted(
         2,
         config,
         tmp_path,
@@ -209,7 +210,6 @@ def test_a_process_that_lags_changes_nothing(pictures, tmp_path, alone):
         "if __name__ == '__main__':\n"
         "    train(load_config(sys.argv[1], ['data.num_workers=2']), lag)\n",
     )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_same(newest(config), alone)
 
@@ -217,7 +217,7 @@ def test_a_process_that_lags_changes_nothing(pictures, tmp_path, alone):
 def test_a_process_of_a_sharded_run_holds_its_part_alone(pictures, tmp_path):
     """Of everything but positions; and a loss that is not finite in one process is skipped in all."""
     config = config_of(pictures, tmp_path, 4, **SHARDED)
-    command = scripted(
+    done = scripted(
         2,
         config,
         tmp_path,
@@ -244,7 +244,6 @@ def test_a_process_of_a_sharded_run_holds_its_part_alone(pictures, tmp_path):
         "        print(*sizes, moments, file=file)\n"
         "engine.train(load_config(sys.argv[1]), count)\n",
     )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     held = [[int(n) for n in (tmp_path / f"config.yaml.{rank}").read_text().split()] for rank in range(2)]
     assert held[0][1] == held[1][1] == held[0][0] + held[1][0]
@@ -256,7 +255,7 @@ def test_a_process_of_a_sharded_run_holds_its_part_alone(pictures, tmp_path):
 
 def test_processes_that_would_start_from_different_steps_do_not(pictures, tmp_path):
     run(1, config_of(pictures, tmp_path / "0", 8, stop_after=3), tmp_path / "0")
-    command = scripted(
+    done = scripted(
         2,
         config_of(pictures, tmp_path / "2", 4),
         tmp_path / "2",
@@ -266,7 +265,6 @@ def test_processes_that_would_start_from_different_steps_do_not(pictures, tmp_pa
         f"folder = '{tmp_path}/' + os.environ['RANK']\n"
         "train(load_config(sys.argv[1], ['runtime.resume=true', 'logging.folder=' + folder]))\n",
     )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "logging.folder must be one that all processes see: they would start from steps 3, 0" in done.stderr
 
@@ -274,19 +272,19 @@ def test_processes_that_would_start_from_different_steps_do_not(pictures, tmp_pa
 def test_a_process_that_dies_is_started_again(pictures, tmp_path, alone):
     """torchrun starts all anew, and they go on from the last checkpoint by themselves."""
     config = config_of(pictures, tmp_path, 4, save_every=2)
-    launcher = launched(2, config, tmp_path, restarts=2)
-    run_script = tmp_path / "train.py"
-    run_script.write_text(
+    done = scripted(
+        2,
+        config,
+        tmp_path,
         "import os, sys\n"
         "from fastjepa.config import load_config\n"
         "from fastjepa.training import train\n"
         "def die(trainer):\n"
         "    if trainer.step == 5 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os._exit(9)\n"
-        "train(load_config(sys.argv[1]), die)\n"
+        "train(load_config(sys.argv[1]), die)\n",
+        restarts=2,
     )
-    command = [*launcher[: launcher.index("-m", 2)], str(run_script), str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "at step 4 to step 10" in done.stderr
     assert_same(read_checkpoint(tmp_path / "jepa-latest.pth.tar"), alone)
@@ -316,15 +314,11 @@ engine.train(load_config(sys.argv[1]))
 
 def test_what_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_path):
     """A loss at steps 3 and 4, a gradient at step 7: the run is that of one process that skips the same steps."""
-    script = tmp_path / "spoilt.py"
-    script.write_text(SPOILT)
     found = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
         config = config_of(pictures, folder, 8 // world)
-        launcher = launched(world, config, folder)
-        command = [*launcher[: launcher.index("fastjepa") - 1], str(script), str(folder / "config.yaml")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = scripted(world, config, folder, SPOILT)
         assert done.returncode == 0, done.stderr
         assert "step 4 was skipped: loss inf, gradient norm nan (2 skipped so far, 2 in a row)" in done.stderr
         rows = (folder / "jepa_r0.csv").read_text().splitlines()
