@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from benchmarks.masks import SETTINGS
 from fastjepa import MaskCollator
-from fastjepa.data import Augment, ImageFolder, TrainingBatches, choose_engine, random_resized_crop
+from fastjepa.data import Augment, ImageFolder, Pictures, TrainingBatches, choose_engine, random_resized_crop
+from fastjepa.data.pack import pack
+from fastjepa.data.shards import TarShards
 from fastjepa.evaluation.features import MEAN, STD
 
 WIDTH, HEIGHT = 500, 375  # of a picture
@@ -49,8 +51,10 @@ class Engine(Dataset):
     in_process = False
 
     def __init__(self, root: Path, batch: int):
-        self.folder, self.batch = ImageFolder(root), batch
-        self.paths = [str(path) for path in self.folder.paths]
+        files = ImageFolder(root)
+        self.paths = [str(path) for path in files.paths]
+        self.folder: Pictures = files
+        self.batch = batch
         self.masks = MaskCollator((CROP, CROP), PATCH, **SETTINGS)
 
     @classmethod
@@ -105,6 +109,19 @@ class FastJEPA(Engine):
                 raise RuntimeError(f"{self.ours.augment.engine.name} left a picture to Pillow: {crop.aside}")
             found.append(Sample(self.paths[index], self.box(draw), crop.pixels.float()))
         return found
+
+
+class FastJEPAMarked(FastJEPA):
+    """The same from shards that `fastjepa data pack --restart-markers` makes of the files."""
+
+    name = "fastjepa, restart markers"
+    decoder = "turbo"
+
+    def __init__(self, root: Path, batch: int):
+        super().__init__(root, batch)
+        shards = root / "shards"
+        pack(self.folder, shards, restart_markers=True, quiet=True)
+        self.folder = self.ours.folder = TarShards(shards)
 
 
 class FastJEPAPillow(FastJEPA):
@@ -304,7 +321,7 @@ class DALIOnGPU(DALI):
         return _missing("nvidia.dali") or _no_gpu()
 
 
-OURS = (FastJEPA, FastJEPAPillow, FastJEPADALI, FastJEPATorchvision)
+OURS = (FastJEPA, FastJEPAMarked, FastJEPAPillow, FastJEPADALI, FastJEPATorchvision)
 ENGINES = (*OURS, Published, DecodeOnly, Torchvision, SimpleJPEG, DALI, NvJPEG, DALIOnGPU)
 
 

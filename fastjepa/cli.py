@@ -160,6 +160,17 @@ def _add_pack(tasks: argparse._SubParsersAction) -> None:
     pack.add_argument("out", metavar="OUT", help="folder of the shards")
     pack.add_argument("--shard-size", type=int, default=5000, metavar="PICTURES", help="default: %(default)s")
     pack.add_argument("--shuffle", type=int, metavar="SEED", help="default: in the order of the source")
+    pack.add_argument(
+        "--restart-markers",
+        action="store_true",
+        help="JPEG pictures get them, without loss, and engine turbo reads crops of them faster (docs/input.md)",
+    )
+    pack.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read and rewrite; default: one for each core with --restart-markers, else 0, this one",
+    )
     pack.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
     pack.set_defaults(run=_pack)
 
@@ -242,7 +253,14 @@ def _pack(arguments: argparse.Namespace) -> int:
     from fastjepa.data.pack import pack
     from fastjepa.data.sources import open_pictures
 
-    result = pack(open_pictures(arguments.source), arguments.out, arguments.shard_size, arguments.shuffle)
+    result = pack(
+        open_pictures(arguments.source),
+        arguments.out,
+        arguments.shard_size,
+        arguments.shuffle,
+        restart_markers=arguments.restart_markers,
+        workers=arguments.workers,
+    )
     if arguments.json:
         _write_json(asdict(result), arguments.json)
     if arguments.json != "-":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ Masks = list[Tensor] | Ragged
 LOST_WORKER = ("DataLoader worker (pid", "DataLoader timed out")  # how PyTorch's errors begin
 
 PREFETCH = 2  # batches that each worker is ahead
+HELD = 3  # batches that whoever trains may hold at a time without new memory being taken
 GLANCE = 1.0  # seconds between looks at whether the workers live, while a batch is waited for
 
 
@@ -183,12 +185,11 @@ class TrainingBatches(Dataset):
         ring = None
         if workers and not self.augment.engine.late:
             size = self.augment.crop_size
-            shape = (PREFETCH * workers + 1, self.batch_size, size, size, 3)
-            ring = torch.empty(shape, dtype=torch.uint8).share_memory_()
+            ring = _Ring(PREFETCH * workers + HELD, (self.batch_size, size, size, 3))
         loader = DataLoader(
-            _Made(self, start, ring),
+            _Made(self, ring),
             batch_size=None,
-            sampler=range(start, end),
+            sampler=_asked(range(start, end), ring),
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             pin_memory=pin,
@@ -196,12 +197,16 @@ class TrainingBatches(Dataset):
             timeout=min(patience, GLANCE) if workers else 0,
             generator=torch.Generator(),  # or it would draw from the global one each time a run is taken up again
         )
-        # Pinning copies the images; otherwise they are copied here, before their place in the ring is written again.
-        copies = ring is not None and not pin
         with _quiet_children():
             made = iter(loader)
-        for batch in map(self._finish, _patient(made, patience)):
-            yield replace(batch, images=batch.images.clone()) if copies else batch
+        for batch, placed, slot in _patient(made, patience):
+            if ring is None or slot is None:
+                yield self._finish((batch, placed))
+            elif pin:  # a copy, in page-locked memory
+                ring.free.append(slot)
+                yield batch
+            else:
+                yield replace(batch, images=ring.lend(slot))
 
     def pictures(self, step: int) -> np.ndarray:
         """Number of each picture drawn for `step`, of all processes together: integers [B * world]."""
@@ -290,20 +295,40 @@ def dealt(tokens: np.ndarray, rank: int, world: int) -> np.ndarray:
     return np.sort(turns[:, rank])
 
 
-class _Made(Dataset):
-    """What workers do, by step.
+class _Ring:
+    """Shared memory that workers write images into: new memory for each batch would cost its pages.
 
-    Images are written round and round into `ring`, shared memory [slots, B, H, W, 3]: new memory for each batch costs
-    its pages. The loader has at most PREFETCH batches a worker under way beyond the one that it gave last, so with one
-    slot more than those none is written before the next batch is asked for.
+    Attributes:
+        free: the slots that no batch has, neither in the making nor with whoever asked for it.
     """
 
-    def __init__(self, batches: TrainingBatches, start: int, ring: Tensor | None):
-        self.batches, self.start, self.ring = batches, start, ring
+    def __init__(self, slots: int, shape: tuple[int, ...]):
+        self.images = torch.empty((slots, *shape), dtype=torch.uint8).share_memory_()
+        self.free = list(range(slots))
 
-    def __getitem__(self, step: int) -> tuple[Batch, list[Placed]]:
-        out = None if self.ring is None else self.ring[(step - self.start) % len(self.ring)]
-        return self.batches._make(step, out)
+    def lend(self, slot: int) -> Tensor:
+        """Images [B, 3, H, W] of a slot, which is free again when nothing has this memory any more."""
+        lent = self.images.numpy()[slot]  # which a tensor made of it holds, and whatever shares its memory
+        weakref.finalize(lent, self.free.append, slot).atexit = False
+        return torch.from_numpy(lent).permute(0, 3, 1, 2)
+
+
+def _asked(steps: range, ring: _Ring | None) -> Iterator[tuple[int, int | None]]:
+    """Steps, each with a slot of the ring if one is free at the time when the loader hands it to a worker."""
+    for step in steps:
+        yield step, ring.free.pop() if ring and ring.free else None
+
+
+class _Made(Dataset):
+    """What workers do, by step and slot of the ring."""
+
+    def __init__(self, batches: TrainingBatches, ring: _Ring | None):
+        self.batches, self.images = batches, None if ring is None else ring.images
+
+    def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Batch, list[Placed], int | None]:
+        step, slot = asked
+        out = None if self.images is None or slot is None else self.images[slot]
+        return *self.batches._make(step, out), slot
 
 
 class Unreadable:

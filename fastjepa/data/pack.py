@@ -9,13 +9,17 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastjepa.data.order import EpochOrder
 from fastjepa.data.pictures import EXTENSIONS, Pictures, UnreadableImage
 from fastjepa.data.shards import CLASSES, HEADER, Member, write_index, write_whole
+from fastjepa.data.turbo import TurboJPEG, find_turbo, marked
 
 MANIFEST = "pack.json"
 STARTS = {  # of files, and what they are
@@ -47,24 +51,37 @@ def pack(
     shard_size: int = 5000,
     shuffle: int | None = None,
     quiet: bool = False,
+    restart_markers: bool = False,
+    workers: int | None = None,
 ) -> Packed:
     """Write `pictures` to `out` as tar files of `shard_size` pictures each, an index beside each, the bytes unchanged.
+
+    With `restart_markers`, JPEG pictures get them, so that engine turbo need not decode what lies beside a crop; their
+    coefficients and metadata stay what they are. `workers` processes read and rewrite; by default one for each core
+    where there is something to rewrite, and else this one alone.
 
     The same pictures and settings give the same bytes. A shard that is there with its index is kept, so that a packing
     which was stopped goes on when it is called again. `shuffle` is a seed: other readers take a shard in its own order.
 
     Raises:
-        ValueError: a shard size below 1, a folder that holds another packing, or a picture that cannot be read.
+        ValueError: a shard size below 1, a folder that holds another packing, a picture that cannot be read, fewer than
+            0 workers, or restart markers without libjpeg-turbo.
         OSError: `out` cannot be written.
     """
     if shard_size < 1:
         raise ValueError(f"--shard-size must be at least 1 picture, got {shard_size}")
+    turbo = find_turbo() if restart_markers else None
+    if workers is None:
+        workers = _cores() if restart_markers else 0
+    if workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {workers}")
+    made = _Made(pictures, turbo)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     order = np.arange(len(pictures))
     if shuffle is not None:
         order = EpochOrder(len(pictures), shuffle, pictures.blocks)(0)
-    _claim(out, pictures, shard_size, shuffle)
+    _claim(out, pictures, shard_size, shuffle, restart_markers)
     for left in out.glob(".*.partial"):  # by a packing that was killed
         left.unlink()
     starts = range(0, len(order), shard_size)
@@ -77,18 +94,20 @@ def pack(
                 kept += 1
                 bar.update(len(chosen))
             else:
-                _write_shard(path, pictures, start, chosen, bar)
+                _write_shard(path, made, workers, start, chosen, bar)
             size += path.stat().st_size
     return Packed(str(out), len(starts), kept, len(order), size)
 
 
-def _claim(out: Path, pictures: Pictures, shard_size: int, shuffle: int | None) -> None:
+def _claim(out: Path, pictures: Pictures, shard_size: int, shuffle: int | None, restart_markers: bool) -> None:
     """Say in the folder what is packed there, or see that it says the same."""
     digest = hashlib.sha256()
     for index in range(len(pictures)):
         name = os.path.relpath(pictures.name(index), pictures.root)
         digest.update(f"{name}\n{pictures.labels[index]}\n".encode())
     manifest = {"pictures": len(pictures), "shard_size": shard_size, "shuffle": shuffle, "names": digest.hexdigest()}
+    if restart_markers:
+        manifest["restart_markers"] = True
     path = out / MANIFEST
     if path.exists():
         try:
@@ -105,17 +124,33 @@ def _claim(out: Path, pictures: Pictures, shard_size: int, shuffle: int | None) 
     write_whole(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
-def _write_shard(path: Path, pictures: Pictures, start: int, chosen: list[int], bar: tqdm) -> None:
+class _Made(Dataset):
+    """Pictures as they are packed, or why one cannot be."""
+
+    def __init__(self, pictures: Pictures, turbo: TurboJPEG | None):
+        self.pictures, self.turbo = pictures, turbo
+
+    def __getitem__(self, index: int) -> bytes | UnreadableImage:
+        try:
+            data = self.pictures.read(index)
+        except UnreadableImage as error:
+            return error
+        return data if self.turbo is None else marked(self.turbo, data)
+
+
+def _write_shard(path: Path, made: _Made, workers: int, start: int, chosen: list[int], bar: tqdm) -> None:
+    pictures = made.pictures
     partial = path.with_name(f".{path.name}.partial")
     samples: list[list[Member]] = []
     partial.unlink(missing_ok=True)
     with open(partial, "xb") as file:  # never through a link that lies there
         with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for number, index in enumerate(chosen, start):
-                try:
-                    data = pictures.read(index)
-                except UnreadableImage as error:
-                    raise ValueError(f"{error}; nothing was packed after shard {path.name}") from error
+            datas = DataLoader(
+                made, None, sampler=chosen, num_workers=workers, collate_fn=_whole, generator=torch.Generator()
+            )
+            for number, (index, data) in enumerate(zip(chosen, datas, strict=True), start):
+                if isinstance(data, UnreadableImage):
+                    raise ValueError(f"{data}; nothing was packed after shard {path.name}")
                 members = [(_extension(data, pictures.name(index)), data)]
                 if pictures.labels[index] >= 0:
                     members.append(("cls", str(pictures.labels[index]).encode()))
@@ -125,6 +160,14 @@ def _write_shard(path: Path, pictures: Pictures, start: int, chosen: list[int], 
         os.fsync(file.fileno())
     os.replace(partial, path)
     write_index(path.with_suffix(".idx"), samples)
+
+
+def _whole(data: Any) -> Any:
+    return data
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _add(archive: tarfile.TarFile, key: str, extension: str, data: bytes) -> Member:

@@ -6,7 +6,6 @@ import ctypes
 import ctypes.util
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from fastjepa.data.engines import Box, Crop, PillowEngine, as_tensor
 from fastjepa.data.pictures import UnreadableImage, picture_size
+from fastjepa.data.restarts import cut, with_markers
 
 WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING = 5, 6, 7, 8, 4  # TJPARAM_*
-DECOMPRESS, RGB = 1, 0  # TJINIT_DECOMPRESS, TJPF_RGB
+WANTED, BAD = (WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING), 5 * (0,)
+DECOMPRESS, TRANSFORM, RGB, OPTIMIZE = 1, 2, 0, 256  # TJINIT_DECOMPRESS, TJINIT_TRANSFORM, TJPF_RGB, TJXOPT_OPTIMIZE
 COLORS = {0, 1, 2}  # TJCS_RGB, TJCS_YCbCr, TJCS_GRAY; Pillow has its own way with CMYK
 MCU_WIDTH = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8}  # of TJSAMP_444, 422, 420, GRAY and 440; the rest is left to Pillow
 # A crop is decoded smaller while its sides stay this many times those that it is resized to: measured, docs/input.md.
@@ -54,6 +55,8 @@ class TurboJPEG:
         _declare(lib.tj3SetScalingFactor, ctypes.c_int, handle, _Fraction)
         _declare(lib.tj3SetCroppingRegion, ctypes.c_int, handle, _Region)
         _declare(lib.tj3Decompress8, ctypes.c_int, handle, data, size, handle, ctypes.c_int, ctypes.c_int)
+        _declare(lib.tj3Transform, ctypes.c_int, handle, data, size, ctypes.c_int, handle, handle, handle)
+        _declare(lib.tj3Free, None, handle)
         self._lib = lib
 
     def __reduce__(self) -> tuple:
@@ -63,12 +66,11 @@ class TurboJPEG:
         """What a JPEG picture's header says, or why the picture is better left to Pillow."""
         if data[:2] != b"\xff\xd8":
             return "no JPEG"
-        with self._read(data) as handle:
-            wanted = (WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING)
-            width, height, *kind = (self._lib.tj3Get(handle, what) for what in wanted) if handle else (0, 0)
+        handle = self._read(data)
+        width, height, precision, colors, subsampling = map(self._lib.tj3Get, 5 * (handle,), WANTED) if handle else BAD
+        self._lib.tj3Destroy(handle)
         if width < 1 or height < 1:  # also where the file ends before it says
             return "JPEG with a faulty header"
-        precision, colors, subsampling = kind
         if precision != 8 or colors not in COLORS or subsampling not in MCU_WIDTH:
             return "JPEG, but not 8-bit grey or RGB of a usual kind"
         return Header(width, height, MCU_WIDTH[subsampling])
@@ -80,23 +82,50 @@ class TurboJPEG:
         """
         _, _, width, height = box
         pixels = np.empty((height, width, 3), dtype=np.uint8)
-        with self._read(data) as handle:
-            failed = (
-                not handle
-                or self._lib.tj3SetScalingFactor(handle, _Fraction(1, scale))
-                or self._lib.tj3SetCroppingRegion(handle, _Region(*box))
-                or self._lib.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 3 * width, RGB)
-            )
+        handle = self._read(data)
+        failed = (
+            not handle
+            or self._lib.tj3SetScalingFactor(handle, _Fraction(1, scale))
+            or self._lib.tj3SetCroppingRegion(handle, _Region(*box))
+            or self._lib.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 3 * width, RGB)
+        )
+        self._lib.tj3Destroy(handle)
         return None if failed else pixels
 
-    @contextmanager
-    def _read(self, data: bytes) -> Iterator[int | None]:
+    def coefficients(self, data: bytes) -> tuple[bytes, list[np.ndarray]] | None:
+        """A picture in one sequential scan without restart markers, metadata kept; and its quantised coefficients.
+
+        They are int16 [rows of blocks, blocks in a row, 64] for each component, a block's row by row. None for a
+        picture with a fault.
+        """
+        rows: dict[int, list[np.ndarray]] = {}
+
+        def keep(block_row, area, _whole, component, _transform, _of) -> int:
+            shape = (area.height // 8, area.width // 8, 64)
+            rows.setdefault(component, []).append(np.ctypeslib.as_array(block_row, shape).copy())
+            return 0
+
+        wanted = _Transform(options=OPTIMIZE, each_row=_EachRow(keep))
+        made, size = ctypes.c_void_p(), ctypes.c_size_t()
+        handle = self._lib.tj3Init(TRANSFORM)
+        try:
+            failed = not handle or self._lib.tj3Transform(
+                handle, data, len(data), 1, ctypes.byref(made), ctypes.byref(size), ctypes.byref(wanted)
+            )
+            if failed or not made:
+                return None
+            return ctypes.string_at(made, size.value), [np.concatenate(rows[number]) for number in sorted(rows)]
+        finally:
+            self._lib.tj3Free(made)
+            self._lib.tj3Destroy(handle)
+
+    def _read(self, data: bytes) -> int | None:
         """A new handle that has read the header, which costs a microsecond: one that met a fault remembers it."""
         handle = self._lib.tj3Init(DECOMPRESS)
-        try:
-            yield handle if handle and not self._lib.tj3DecompressHeader(handle, data, len(data)) else None
-        finally:
+        if handle and self._lib.tj3DecompressHeader(handle, data, len(data)):
             self._lib.tj3Destroy(handle)
+            return None
+        return handle
 
 
 class TurboEngine(PillowEngine):
@@ -130,6 +159,11 @@ class TurboEngine(PillowEngine):
     def _pixels(self, data: bytes, box: Box, header: Header, size: int) -> Tensor | None:
         left, top, width, height = box
         scale = next((s for s in (8, 4, 2) if min(width, height) >= KEEP * size * s), 1)
+        # With the next pixel on each side, colours at the crop's edge are interpolated as in the whole.
+        part = cut(data, left - scale, top - scale, left + width + scale, top + height + scale)
+        if part is not None:
+            data, header = part.data, header._replace(width=part.width, height=part.height)
+            left, top = left - part.left, top - part.top
         # The pixels of the scaled picture that the crop touches. They are decoded from the start of a block of samples,
         # and some beside them, since colours, stored at half the width, are interpolated.
         x, y, right, bottom = left // scale, top // scale, -(-(left + width) // scale), -(-(top + height) // scale)
@@ -164,6 +198,20 @@ def find_turbo() -> TurboJPEG:
     )
 
 
+def marked(turbo: TurboJPEG, data: bytes) -> bytes:
+    """A picture with restart markers, all its coefficients as they were.
+
+    What is left to Pillow, or would not come out the same, is given back as it is.
+    """
+    if isinstance(turbo.header(data), str) or (read := turbo.coefficients(data)) is None:
+        return data
+    made = with_markers(*read)
+    again = turbo.coefficients(made) if made else None
+    if made is None or again is None or not all(map(np.array_equal, read[1], again[1])):
+        return data
+    return made
+
+
 def resize(pixels: np.ndarray, size: int) -> Tensor:
     """uint8 [H, W, 3] -> [3, size, size], bilinear and antialiased: what Pillow computes, in its own arithmetic."""
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # torch.channels_last, which its kernel is fastest with
@@ -190,3 +238,18 @@ class _Fraction(ctypes.Structure):
 
 class _Region(ctypes.Structure):
     _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("width", ctypes.c_int), ("height", ctypes.c_int))
+
+
+_EachRow = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_int16), _Region, _Region, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)
+
+
+class _Transform(ctypes.Structure):
+    _fields_ = (
+        ("region", _Region),
+        ("operation", ctypes.c_int),
+        ("options", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("each_row", _EachRow),
+    )

@@ -13,7 +13,7 @@ import torch
 
 from fastjepa import MaskCollator, Ragged
 from fastjepa.data import Augment, ImageFolder, Pictures, TrainingBatches
-from fastjepa.data.batches import Unreadable
+from fastjepa.data.batches import HELD, PREFETCH, Unreadable
 from fastjepa.data.engines import PillowEngine
 from fastjepa.data.pack import pack
 from fastjepa.data.shards import TarShards
@@ -52,6 +52,19 @@ def test_workers_and_resuming_change_nothing(pictures, ragged):
             assert torch.equal(ours.samples, theirs.samples)
             assert same(ours.masks_enc, theirs.masks_enc)
             assert same(ours.masks_pred, theirs.masks_pred)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_that_something_holds_are_not_written_again(pictures, workers):
+    batches = make(pictures)
+    held = [batch.images[1:2].permute(0, 2, 3, 1) for batch in batches.loader(0, 16, workers, False)]
+    for step, part in enumerate(held):
+        assert torch.equal(part, batches[step].images[1:2].permute(0, 2, 3, 1))
+
+
+def test_memory_of_images_that_nothing_holds_is_used_again(pictures):
+    places = [batch.images.data_ptr() for batch in make(pictures).loader(0, 20, 1, False)]
+    assert len(set(places)) <= PREFETCH + HELD
 
 
 def test_each_epoch_sees_each_picture_once(pictures):

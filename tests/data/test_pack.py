@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastjepa.cli import main
 from fastjepa.data import ImageFolder
 from fastjepa.data.pack import pack
 from fastjepa.data.shards import TarShards
+from tests.data.test_turbo import TURBO, jpeg, needs_turbo, picture
 from tests.helpers import make_pictures
 
 
@@ -135,9 +137,43 @@ def test_command(pictures, tmp_path, capsys):
     assert '"kept": 3' in capsys.readouterr().out
 
 
+@needs_turbo
+def test_restart_markers(tmp_path, capsys):
+    words = ["data", "pack", str(photographs(tmp_path)), "--restart-markers", "--shard-size", "4"]
+    for workers in ("0", "2"):
+        assert main([*words, str(tmp_path / workers), "--workers", workers]) == 0
+    assert contents(tmp_path / "0") == contents(tmp_path / "2")
+    files, shards = ImageFolder(tmp_path / "photographs"), TarShards(tmp_path / "0")
+    for index in range(6):
+        assert shards.read(index) != files.read(index)
+        ours, theirs = (TURBO.crop(found.read(index), (20, 30, 60, 50), 32).pixels for found in (shards, files))
+        assert torch.equal(ours, theirs)
+    assert shards.read(6) == files.read(6)  # a PNG
+    assert main([*words[:-3], str(tmp_path / "0"), "--shard-size", "4"]) == 2
+    assert "with other settings" in capsys.readouterr().err
+
+
+def photographs(root):
+    """Six JPEG pictures and one PNG."""
+    folder = root / "photographs"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(jpeg(picture(120, 90, number)))
+    picture(120, 90).save(folder / "6.png")
+    return folder
+
+
+def test_restart_markers_without_a_decoder(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastjepa.data.turbo._libraries", lambda: iter(()))
+    assert main(["data", "pack", str(pictures.root), str(tmp_path / "out"), "--restart-markers"]) == 2
+    assert "libjpeg-turbo 3 is not here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
+        (["{in}", "{out}", "--workers", "-1"], "--workers must be at least 0, got -1"),
         (["{in}", "{out}", "--shard-size", "0"], "--shard-size must be at least 1 picture, got 0"),
         (["{out}/nothing", "{out}"], "no such folder of pictures"),
         (["{in}", "{in}/class0/000.png"], "000.png"),
