@@ -80,6 +80,19 @@ def test_a_run_with_evaluation_is_the_same_run_and_has_a_table(pictures, tmp_pat
     assert [row["epoch"] for row in table(tmp_path / "judged")] == ["2", "2", "2", "3"]
 
 
+def test_checkpoints_that_are_folders(pictures, tmp_path, capsys):
+    """They are written behind the training, and judged when they are whole."""
+    settings = {"evaluation": {"every": 1, "probes": "knn"}, "optimization": {"epochs": 2, "warmup": 1}}
+    marks = []
+    for kind in ("file", "sharded"):
+        train(tiny_config(pictures, tmp_path / kind, runtime={"checkpoint": kind}, **settings))
+        rows = table(tmp_path / kind)
+        assert rows[-1]["epoch"] == "2"
+        marks.append(rows[-1])
+        assert "warning" not in capsys.readouterr().err
+    assert marks[0] == marks[1]
+
+
 def test_an_evaluation_that_fails_is_a_warning(pictures, tmp_path, capsys):
     one = tmp_path / "one" / "class"
     one.mkdir(parents=True)
