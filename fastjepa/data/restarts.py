@@ -21,8 +21,6 @@ MAX_DC = 2047  # the largest difference that 8-bit pictures may have
 NUMBERS = (RST + (np.arange(1 << 16) & 7)).astype(np.uint8)  # of markers, one after the other
 BITS = np.array([i.bit_length() for i in range(MAX_DC + 1)])
 ZIGZAG = np.array(sorted(range(64), key=lambda i: (sum(divmod(i, 8)), i // 8 if sum(divmod(i, 8)) % 2 else i % 8)))
-
-
 # Markers change the steps of DC, and a picture's own tables may lack one: those of T.81, Tables K.3 and K.4, have all.
 DC_TABLES = {
     0: (bytes((0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0)), bytes(range(12))),
@@ -98,12 +96,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 @functools.lru_cache(maxsize=64)  # pictures of a data set have much in common
 def _layout(sof: int, frame: bytes, sos: int, scan: bytes, interval: int) -> Layout | None:
-    bits, height, width, count = (
-        frame[0],
-        int.from_bytes(frame[1:3], "big"),
-        int.from_bytes(frame[3:5], "big"),
-        frame[5],
-    )
+    bits, count = frame[0], frame[5]
+    height, width = (int.from_bytes(frame[i : i + 2], "big") for i in (1, 3))
     if bits != 8 or not width or not height or not count or scan[0] != count:  # 0 is also where a component is apart
         return None
     factors = {frame[i]: divmod(frame[i + 1], 16) for i in range(6, 6 + 3 * count, 3)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import importlib.util
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -120,7 +121,10 @@ class TurboJPEG:
             self._lib.tj3Destroy(handle)
 
     def _read(self, data: bytes) -> int | None:
-        """A new handle that has read the header, which costs a microsecond: one that met a fault remembers it."""
+        """A new handle that has read the header, which costs a microsecond: one that met a fault remembers it.
+
+        None for a header with a fault.
+        """
         handle = self._lib.tj3Init(DECOMPRESS)
         if handle and self._lib.tj3DecompressHeader(handle, data, len(data)):
             self._lib.tj3Destroy(handle)
@@ -201,9 +205,13 @@ def find_turbo() -> TurboJPEG:
 def marked(turbo: TurboJPEG, data: bytes) -> bytes:
     """A picture with restart markers, all its coefficients as they were.
 
-    What is left to Pillow, or would not come out the same, is given back as it is.
+    What is left to Pillow, has more pixels than Pillow reads without a warning, or would not come out the same, is
+    given back as it is.
     """
-    if isinstance(turbo.header(data), str) or (read := turbo.coefficients(data)) is None:
+    header = turbo.header(data)
+    if isinstance(header, str) or header.width * header.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return data
+    if (read := turbo.coefficients(data)) is None:
         return data
     made = with_markers(*read)
     again = turbo.coefficients(made) if made else None

@@ -171,6 +171,14 @@ def test_what_stays_as_it_is(data):
     assert marked(TURBO.turbo, data) is data
 
 
+def test_pictures_too_large_stay_as_they_are(monkeypatch):
+    data = jpeg(picture(100, 80))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7999)
+    assert marked(TURBO.turbo, data) is data
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)
+    assert marked(TURBO.turbo, data) is not data
+
+
 def test_coefficients_that_no_such_picture_has():
     head, planes = TURBO.turbo.coefficients(jpeg(picture(64, 48)))
     assert with_markers(head, planes)
