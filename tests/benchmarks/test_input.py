@@ -222,7 +222,7 @@ def test_cores_are_given_back():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--engine", "pillow"], "--engine: no engine 'pillow'; there are fastjepa; fastjepa, engine pillow;"),
+        (["--engine", "pillow"], "--engine: no engine 'pillow'; there are fastjepa; fastjepa, restart markers;"),
         (["--pictures", "0"], "--pictures must be more than 0, got 0"),
         (["--workers", "2", "--workers", "-1"], "--workers must be more than 0, got -1"),
         (["--seconds", "nan"], "--seconds must be more than 0, got nan"),
