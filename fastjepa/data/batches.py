@@ -202,7 +202,7 @@ class TrainingBatches(Dataset):
         for batch, placed, slot in _patient(made, patience):
             if ring is None or slot is None:
                 yield self._finish((batch, placed))
-            elif pin:  # a copy, in page-locked memory
+            elif batch.images.is_pinned():  # a copy; where `pin` was asked for and cannot be, it is none
                 ring.free.append(slot)
                 yield batch
             else:

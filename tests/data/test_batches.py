@@ -54,10 +54,11 @@ def test_workers_and_resuming_change_nothing(pictures, ragged):
             assert same(ours.masks_pred, theirs.masks_pred)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_images_that_something_holds_are_not_written_again(pictures, workers):
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("workers, pin", [(1, False), (2, False), (1, True)])
+def test_images_that_something_holds_are_not_written_again(pictures, workers, pin):
     batches = make(pictures)
-    held = [batch.images[1:2].permute(0, 2, 3, 1) for batch in batches.loader(0, 16, workers, False)]
+    held = [batch.images[1:2].permute(0, 2, 3, 1) for batch in batches.loader(0, 16, workers, pin)]
     for step, part in enumerate(held):
         assert torch.equal(part, batches[step].images[1:2].permute(0, 2, 3, 1))
 
