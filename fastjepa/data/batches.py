@@ -171,7 +171,7 @@ class TrainingBatches(Dataset):
                     yield batch
                     step += 1
             except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                if not workers or not _is_lost(error):
+                if not workers or not is_lost(error):
                     raise
                 lost += 1
                 if lost > 1:
@@ -275,7 +275,7 @@ def _quiet_children() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _is_lost(error: Exception) -> bool:
+def is_lost(error: Exception) -> bool:
     """Whether PyTorch says by `error` that a worker is gone, not that something failed in one."""
     if isinstance(error, RuntimeError):
         return str(error).startswith(LOST_WORKER)

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from fastjepa.data.batches import is_lost
 from fastjepa.data.order import EpochOrder
 from fastjepa.data.pictures import EXTENSIONS, Pictures, UnreadableImage
 from fastjepa.data.shards import CLASSES, HEADER, Member, write_index, write_whole
@@ -57,7 +58,7 @@ def pack(
     """Write `pictures` to `out` as tar files of `shard_size` pictures each, an index beside each, the bytes unchanged.
 
     With `restart_markers`, JPEG pictures get them, so that engine turbo need not decode what lies beside a crop; their
-    coefficients and metadata stay what they are. `workers` processes read and rewrite; by default one for each core
+    pixels and metadata stay what they are. `workers` processes read and rewrite; by default one for each core
     where there is something to rewrite, and else this one alone.
 
     The same pictures and settings give the same bytes. A shard that is there with its index is kept, so that a packing
@@ -66,7 +67,7 @@ def pack(
     Raises:
         ValueError: a shard size below 1, a folder that holds another packing, a picture that cannot be read, fewer than
             0 workers, or restart markers without libjpeg-turbo.
-        OSError: `out` cannot be written.
+        OSError: `out` cannot be written, or one of the workers died.
     """
     if shard_size < 1:
         raise ValueError(f"--shard-size must be at least 1 picture, got {shard_size}")
@@ -94,7 +95,15 @@ def pack(
                 kept += 1
                 bar.update(len(chosen))
             else:
-                _write_shard(path, made, workers, start, chosen, bar)
+                try:
+                    _write_shard(path, made, workers, start, chosen, bar)
+                except RuntimeError as error:
+                    if not is_lost(error):
+                        raise
+                    raise OSError(
+                        f"a worker died, perhaps for want of memory, and shard {path.name} was not written; the same "
+                        f"command goes on there, with fewer than --workers {workers}"
+                    ) from error
             size += path.stat().st_size
     return Packed(str(out), len(starts), kept, len(order), size)
 

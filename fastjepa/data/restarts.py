@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 SOF, SOF_OTHER, DHT, DRI, SOS, EOI, RST = (0xC0, 0xC1), range(0xC2, 0xD0), 0xC4, 0xDD, 0xDA, 0xD9, 0xD0
+ALONE = {0x00, 0x01, 0xFF, *range(0xD0, 0xDA)}  # no marker, or one that has no length
+BAND = 1 << 15  # blocks that are coded at a time, which bounds the memory taken
 SPAN, SPANS = 16, (16, 128)  # pixels between markers: wished for, and allowed; docs/input.md has what they cost
 DC, AC = 256, 0  # where a component's symbols begin in its table of codes
 ZRL, EOB = 0xF0, 0x00  # 16 zeros; nothing but zeros up to the end of the block
@@ -86,10 +88,17 @@ def read_layout(data: bytes) -> Layout | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Kind, place and contents of each segment up to where the entropy-coded data begins."""
+    """Kind, place and contents of each segment up to where the entropy-coded data begins.
+
+    Raises:
+        ValueError: markers without a length, or bytes that fill up: a decoder reads on behind them, which nothing here
+            has to.
+    """
     at, kind = 2, 0
     while kind != SOS and data[at] == 0xFF:
         kind, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind in ALONE or size < 2:
+            raise ValueError(f"marker {kind:#x}")
         yield kind, at, data[at + 4 : at + 2 + size]
         at += 2 + size
 
@@ -174,21 +183,34 @@ def with_markers(head: bytes, planes: Sequence[np.ndarray]) -> bytes | None:
         return None
     choices = [n for n in range(1, found.columns) if not found.columns % n and _allowed(n * found.mcu_width)]
     interval = min(choices, key=lambda n: abs(n * found.mcu_width - SPAN), default=found.columns)
-    blocks, owner = _in_order(found, planes)
-    steps = np.empty(len(blocks), np.int32)  # from the DC of a component's block to that of its next
-    for number in range(len(planes)):
-        mine = np.flatnonzero(owner == number)
-        levels = blocks[mine, 0].astype(np.int32).reshape(found.columns * found.rows // interval, -1)
-        steps[mine] = np.diff(levels, axis=1, prepend=0).ravel()
-    if np.abs(steps).max() > MAX_DC or np.abs(blocks[:, 1:]).max(initial=0) > MAX_DC // 2:
-        return None
     tables = dict(_tables(head)) | DC_TABLES
     codes = _codes(tables, found.components)
-    scan = _encode(blocks[:, 1:], steps, owner, codes, len(blocks) * interval // (found.columns * found.rows))
+    rows = max(1, BAND // (found.columns * sum(c.across * c.down for c in found.components)))
+    scans: list[bytes] = []
+    for upper in range(0, found.rows, rows):
+        band = found._replace(rows=min(rows, found.rows - upper))
+        parts = [p[upper * c.down : (upper + rows) * c.down] for p, c in zip(planes, found.components, strict=True)]
+        number = upper * found.columns // interval
+        if (scan := _scan(band, parts, codes, interval, number)) is None:
+            return None
+        scans += [bytes((0xFF, RST + (number - 1) % 8)), scan] if upper else [scan]
     defined = b"".join(bytes((number,)) + counts + symbols for number, (counts, symbols) in tables.items())
     *before, start = [(kind, body) for kind, _, body in _segments(head) if kind != DHT]
     segments = (*before, (DHT, defined), (DRI, interval.to_bytes(2, "big")), start)
-    return b"".join((head[:2], *(_segment(*segment) for segment in segments), scan, bytes((0xFF, EOI))))
+    return b"".join((head[:2], *(_segment(*segment) for segment in segments), *scans, bytes((0xFF, EOI))))
+
+
+def _scan(band: Layout, planes: Sequence[np.ndarray], codes: np.ndarray, interval: int, number: int) -> bytes | None:
+    """Entropy-coded data of some rows of MCUs, markers from `number` on; None with too large a coefficient."""
+    blocks, owner = _in_order(band, planes)
+    steps = np.empty(len(blocks), np.int32)  # from the DC of a component's block to that of its next
+    for component in range(len(planes)):
+        mine = np.flatnonzero(owner == component)
+        levels = blocks[mine, 0].astype(np.int32).reshape(band.columns * band.rows // interval, -1)
+        steps[mine] = np.diff(levels, axis=1, prepend=0).ravel()
+    if np.abs(steps).max() > MAX_DC or np.abs(blocks[:, 1:].astype(np.int32)).max(initial=0) > MAX_DC // 2:
+        return None
+    return _encode(blocks[:, 1:], steps, owner, codes, len(blocks) * interval // (band.columns * band.rows), number)
 
 
 def _segment(kind: int, body: bytes) -> bytes:
@@ -217,8 +239,10 @@ def _in_order(found: Layout, planes: Sequence[np.ndarray]) -> tuple[np.ndarray, 
     return np.concatenate(parts, axis=1).reshape(-1, 64), np.tile(owner, found.rows * found.columns)
 
 
-def _encode(levels: np.ndarray, steps: np.ndarray, owner: np.ndarray, codes: np.ndarray, interval: int) -> bytes:
-    """Entropy-coded data, with a marker after every `interval` blocks but the last.
+def _encode(
+    levels: np.ndarray, steps: np.ndarray, owner: np.ndarray, codes: np.ndarray, interval: int, number: int
+) -> bytes:
+    """Entropy-coded data, with a marker after every `interval` blocks but the last, from `number` on.
 
     Shapes: levels [blocks, 63] of AC; steps [blocks] of DC; owner [blocks], the component of each; codes [components,
     symbols, 2], the bits of each symbol and how many they are.
@@ -260,7 +284,7 @@ def _encode(levels: np.ndarray, steps: np.ndarray, owner: np.ndarray, codes: np.
     used = np.diff(np.cumsum(size)[closing], prepend=0)
     size[closing] = -used % 8
     code[closing] = (1 << size[closing]) - 1
-    return _stuffed(_packed(code, size), np.cumsum((used + 7) // 8)[:-1])
+    return _stuffed(_packed(code, size), np.cumsum((used + 7) // 8)[:-1], number)
 
 
 def _packed(code: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -274,14 +298,14 @@ def _packed(code: np.ndarray, size: np.ndarray) -> np.ndarray:
     return made[: end[-1] // 8].astype(np.uint8)
 
 
-def _stuffed(data: np.ndarray, places: np.ndarray) -> bytes:
-    """`data` with a zero after each 0xFF and a restart marker before each of `places`."""
+def _stuffed(data: np.ndarray, places: np.ndarray, number: int) -> bytes:
+    """`data` with a zero after each 0xFF and a restart marker before each of `places`, from `number` on."""
     room = 1 + (data == 0xFF)
     room[places - 1] += 2
     end = np.cumsum(room)
     made = np.zeros(end[-1], np.uint8)
     made[end - room] = data
-    made[end[places - 1] - 2], made[end[places - 1] - 1] = 0xFF, _numbers(len(places))
+    made[end[places - 1] - 2], made[end[places - 1] - 1] = 0xFF, _numbers(number % 8 + len(places))[number % 8 :]
     return made.tobytes()
 
 

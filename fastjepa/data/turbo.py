@@ -21,6 +21,7 @@ from fastjepa.data.pictures import UnreadableImage, picture_size
 from fastjepa.data.restarts import cut, with_markers
 
 WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING = 5, 6, 7, 8, 4  # TJPARAM_*
+SCAN_LIMIT, SCANS = 13, 500  # TJPARAM_SCANLIMIT; a progressive picture of more would only waste time
 WANTED, BAD = (WIDTH, HEIGHT, PRECISION, COLORSPACE, SUBSAMPLING), 5 * (0,)
 DECOMPRESS, TRANSFORM, RGB, OPTIMIZE = 1, 2, 0, 256  # TJINIT_DECOMPRESS, TJINIT_TRANSFORM, TJPF_RGB, TJXOPT_OPTIMIZE
 COLORS = {0, 1, 2}  # TJCS_RGB, TJCS_YCbCr, TJCS_GRAY; Pillow has its own way with CMYK
@@ -52,6 +53,7 @@ class TurboJPEG:
         _declare(lib.tj3Init, handle, ctypes.c_int)
         _declare(lib.tj3Destroy, None, handle)
         _declare(lib.tj3Get, ctypes.c_int, handle, ctypes.c_int)
+        _declare(lib.tj3Set, ctypes.c_int, handle, ctypes.c_int, ctypes.c_int)
         _declare(lib.tj3DecompressHeader, ctypes.c_int, handle, data, size)
         _declare(lib.tj3SetScalingFactor, ctypes.c_int, handle, _Fraction)
         _declare(lib.tj3SetCroppingRegion, ctypes.c_int, handle, _Region)
@@ -82,6 +84,8 @@ class TurboJPEG:
         `left` has to be where a block of samples begins.
         """
         _, _, width, height = box
+        if width < 1 or height < 1:  # of which libjpeg-turbo would make all the picture that there is
+            return None
         pixels = np.empty((height, width, 3), dtype=np.uint8)
         handle = self._read(data)
         failed = (
@@ -103,15 +107,22 @@ class TurboJPEG:
 
         def keep(block_row, area, _whole, component, _transform, _of) -> int:
             shape = (area.height // 8, area.width // 8, 64)
-            rows.setdefault(component, []).append(np.ctypeslib.as_array(block_row, shape).copy())
+            try:
+                rows.setdefault(component, []).append(np.ctypeslib.as_array(block_row, shape).copy())
+            except MemoryError:
+                return -1
             return 0
 
         wanted = _Transform(options=OPTIMIZE, each_row=_EachRow(keep))
         made, size = ctypes.c_void_p(), ctypes.c_size_t()
         handle = self._lib.tj3Init(TRANSFORM)
         try:
-            failed = not handle or self._lib.tj3Transform(
-                handle, data, len(data), 1, ctypes.byref(made), ctypes.byref(size), ctypes.byref(wanted)
+            failed = (
+                not handle
+                or self._lib.tj3Set(handle, SCAN_LIMIT, SCANS)
+                or self._lib.tj3Transform(
+                    handle, data, len(data), 1, ctypes.byref(made), ctypes.byref(size), ctypes.byref(wanted)
+                )
             )
             if failed or not made:
                 return None
@@ -165,7 +176,7 @@ class TurboEngine(PillowEngine):
         scale = next((s for s in (8, 4, 2) if min(width, height) >= KEEP * size * s), 1)
         # With the next pixel on each side, colours at the crop's edge are interpolated as in the whole.
         part = cut(data, left - scale, top - scale, left + width + scale, top + height + scale)
-        if part is not None:
+        if part is not None and self.turbo.header(part.data) == (part.width, part.height, header.block):
             data, header = part.data, header._replace(width=part.width, height=part.height)
             left, top = left - part.left, top - part.top
         # The pixels of the scaled picture that the crop touches. They are decoded from the start of a block of samples,
@@ -203,7 +214,7 @@ def find_turbo() -> TurboJPEG:
 
 
 def marked(turbo: TurboJPEG, data: bytes) -> bytes:
-    """A picture with restart markers, all its coefficients as they were.
+    """A picture with restart markers, all its coefficients and pixels as they were.
 
     What is left to Pillow, has more pixels than Pillow reads without a warning, or would not come out the same, is
     given back as it is.
@@ -211,13 +222,13 @@ def marked(turbo: TurboJPEG, data: bytes) -> bytes:
     header = turbo.header(data)
     if isinstance(header, str) or header.width * header.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         return data
-    if (read := turbo.coefficients(data)) is None:
+    if (read := turbo.coefficients(data)) is None or (made := with_markers(*read)) is None:
         return data
-    made = with_markers(*read)
-    again = turbo.coefficients(made) if made else None
-    if made is None or again is None or not all(map(np.array_equal, read[1], again[1])):
+    again, whole = turbo.coefficients(made), (0, 0, header.width, header.height)
+    if turbo.header(made) != header or again is None or not all(map(np.array_equal, read[1], again[1])):
         return data
-    return made
+    before, after = (turbo.decode(d, whole, 1) for d in (data, made))  # which differ where a scan is not there
+    return made if before is not None and after is not None and np.array_equal(before, after) else data
 
 
 def resize(pixels: np.ndarray, size: int) -> Tensor:
