@@ -163,6 +163,15 @@ def photographs(root):
     return folder
 
 
+def test_a_worker_that_dies_is_one_line(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ImageFolder, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert main(["data", "pack", str(pictures.root), str(tmp_path / "out"), "--workers", "1"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "a worker died" in said[-1]
+    assert "--workers 1" in said[-1]
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
 def test_restart_markers_without_a_decoder(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastjepa.data.turbo._libraries", lambda: iter(()))
     assert main(["data", "pack", str(pictures.root), str(tmp_path / "out"), "--restart-markers"]) == 2
@@ -188,4 +197,4 @@ def test_bad_input_is_one_line(pictures, tmp_path, capsys, words, said):
 
 
 if os.name == "nt":  # no SIGKILL
-    del test_killed_it_goes_on_to_the_same_bytes
+    del test_killed_it_goes_on_to_the_same_bytes, test_a_worker_that_dies_is_one_line

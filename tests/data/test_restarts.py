@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastjepa.data import UnreadableImage
-from fastjepa.data.restarts import RST, cut, read_layout, with_markers
+from fastjepa.data import restarts as module
+from fastjepa.data.restarts import RST, Cut, cut, read_layout, with_markers
 from fastjepa.data.turbo import marked
 from tests.data.test_turbo import TURBO, jpeg, needs_turbo, picture
 
@@ -177,6 +178,53 @@ def test_pictures_too_large_stay_as_they_are(monkeypatch):
     assert marked(TURBO.turbo, data) is data
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)
     assert marked(TURBO.turbo, data) is not data
+
+
+@pytest.mark.parametrize("width", [49, 56])
+def test_a_header_that_decoders_read_otherwise(width):
+    """Behind bytes that fill up it looks like another picture to whoever does not skip them."""
+    real = jpeg(picture(500, 375), subsampling=0, quality=30)
+    other = marked(TURBO.turbo, jpeg(picture(width, 64), subsampling=2))
+    front = b"\xff\xd8\xff\xff\xe1\x00\x10" + b"x" * 14 + real[2:]
+    assert len(front) < 4 + 0xE100
+    data = front.ljust(4 + 0xE100, b"\0") + other[2:]
+    assert TURBO.turbo.header(data)[:2] == (500, 375)
+    assert read_layout(data) is None
+    with suppress(UnreadableImage):
+        TURBO.crop(data, (60, 4, 60, 20), 16)
+
+
+def test_a_cut_that_is_not_what_it_says_is_not_decoded(monkeypatch):
+    data, other = jpeg(picture(320, 200)), jpeg(picture(90, 60))
+    whole = TURBO.crop(data, (40, 40, 80, 50), 32).pixels
+    for size in ((16, 60), (90, 16), (40, 40)):
+        monkeypatch.setattr("fastjepa.data.turbo.cut", lambda *_, size=size: Cut(other, 32, 32, *size))
+        assert torch.equal(TURBO.crop(data, (40, 40, 80, 50), 32).pixels, whole)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 0, 10), (0, 0, 10, 0), (16, 0, -3, 10)])
+def test_boxes_without_pixels(box):
+    assert TURBO.turbo.decode(jpeg(picture(64, 48)), box, 1) is None
+
+
+def test_progressive_pictures_that_lack_scans_stay_as_they_are():
+    """Decoders smooth them; with the same coefficients in one scan they would not."""
+    data = jpeg(picture(200, 150), progressive=True)
+    scans = [i for i in range(len(data) - 1) if data[i : i + 2] == b"\xff\xda"]
+    at = next(i for i in range(scans[0] + 14, len(data)) if data[i] == 0xFF and data[i + 1])
+    short = data[:at] + b"\xff\xd9"
+    assert TURBO.crop(short, (0, 0, 200, 150), 64).aside is None
+    assert marked(TURBO.turbo, short) is short
+    assert marked(TURBO.turbo, data) is not data
+
+
+@pytest.mark.parametrize("subsampling, quality", [(0, 90), (2, 90)])
+def test_coding_in_bands_gives_the_same_bytes(monkeypatch, subsampling, quality):
+    data = jpeg(picture(250, 333), subsampling=subsampling, quality=quality)
+    whole = marked(TURBO.turbo, data)
+    for blocks in (1, 300, 1000):
+        monkeypatch.setattr(module, "BAND", blocks)
+        assert marked(TURBO.turbo, data) == whole
 
 
 def test_coefficients_that_no_such_picture_has():
