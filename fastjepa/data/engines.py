@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,13 +52,7 @@ class Engine:
 
     def crops(self, datas: Sequence[bytes], boxes: Sequence[Box], size: int) -> list[Crop | UnreadableImage]:
         """`crop` of each of several; an exception stands in the place of what it is about."""
-        made: list[Crop | UnreadableImage] = []
-        for data, box in zip(datas, boxes, strict=True):
-            try:
-                made.append(self.crop(data, box, size))
-            except UnreadableImage as error:
-                made.append(error)
-        return made
+        return [tried(self.crop, data, box, size) for data, box in zip(datas, boxes, strict=True)]
 
 
 class PillowEngine(Engine):
@@ -70,6 +64,14 @@ class PillowEngine(Engine):
         left, top, width, height = box
         image = open_rgb(data).crop((left, top, left + width, top + height))
         return Crop(as_tensor(image.resize((size, size), Image.Resampling.BILINEAR)))
+
+
+def tried(crop: Callable[..., Crop], *arguments) -> Crop | UnreadableImage:
+    """A crop, or why there is none."""
+    try:
+        return crop(*arguments)
+    except UnreadableImage as error:
+        return error
 
 
 def as_tensor(image: Image.Image) -> Tensor:

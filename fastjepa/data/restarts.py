@@ -2,7 +2,9 @@
 
 Entropy-coded data can be read from its start alone, and reading it is most of what a JPEG picture costs. Behind a
 restart marker it starts anew: with one every few blocks, what lies beside, above and below a crop is left out before
-anything is decoded. Source: ITU-T T.81, Annex B for the markers, Annex F for the Huffman coding.
+anything is decoded. An index in the header says where they are, so that nobody has to look for them.
+
+Source: ITU-T T.81, Annex B for the markers, Annex F for the Huffman coding.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 SOF, SOF_OTHER, DHT, DRI, SOS, EOI, RST = (0xC0, 0xC1), range(0xC2, 0xD0), 0xC4, 0xDD, 0xDA, 0xD9, 0xD0
+APP, INDEX = 0xE9, b"FASTJEPA\0"  # an application's segment with the length of each interval, and how ours begin
+MOST = 32_000  # lengths in one segment of an index
 ALONE = {0x00, 0x01, 0xFF, *range(0xD0, 0xDA)}  # no marker, or one that has no length
 BAND = 1 << 15  # blocks that are coded at a time, which bounds the memory taken
 SPAN, SPANS = 16, (16, 128)  # pixels between markers: wished for, and allowed; docs/input.md has what they cost
@@ -43,7 +47,8 @@ class Layout(NamedTuple):
     """Of a JPEG picture in one sequential scan: its size and that of an MCU in pixels, how many MCUs there are.
 
     `interval` is in MCUs, 0 without markers; `sof` and `sos` are where these segments begin in the picture's bytes,
-    `scan` where the entropy-coded data does.
+    `scan` where the entropy-coded data does. `index` has the bytes of each interval, its marker's too, as big-endian
+    uint16; nothing if the picture has no index.
     """
 
     width: int
@@ -57,6 +62,7 @@ class Layout(NamedTuple):
     sof: int
     sos: int
     scan: int
+    index: bytes = b""
 
 
 class Cut(NamedTuple):
@@ -71,15 +77,18 @@ class Cut(NamedTuple):
 
 def read_layout(data: bytes) -> Layout | None:
     """The layout of a picture; None for one that is no such JPEG or whose header has faults."""
-    frame, interval = None, 0
+    frame, interval, index = None, 0, b""
     try:
         for kind, at, body in _segments(data):
             if kind in SOF:
                 frame = at, body
             elif kind == DRI:
                 interval = int.from_bytes(body[:2], "big")
+            elif _is_index(kind, body):
+                index += body[len(INDEX) :]
             elif kind == SOS:
-                return _layout(*frame, at, body, interval) if frame else None
+                found = _layout(*frame, at, body, interval) if frame else None
+                return found._replace(index=index) if found and index else found
             elif kind in SOF_OTHER and kind != DHT:
                 return None
     except (IndexError, KeyError, ValueError):
@@ -136,33 +145,49 @@ def cut(data: bytes, left: int, top: int, right: int, bottom: int) -> Cut | None
     rows, across = lower - upper, last - first
     if rows < 1 or across < 1 or rows * across == found.rows * spans:
         return None
-    markers = _markers(data, found.scan, spans * found.rows)
-    if markers is None:
+    markers = _indexed(found) if found.index else _markers(data, found.scan, spans * found.rows)
+    if len(markers) != 1 + spans * found.rows or data[markers[-1] : markers[-1] + 2] != bytes((0xFF, EOI)):
         return None
     # Each row with the marker behind it is copied as it is, then the markers are numbered anew.
-    begins = np.concatenate(([found.scan], markers[:-1] + 2))[upper * spans + first : lower * spans : spans]
-    behind = markers.reshape(found.rows, spans)[upper:lower, first:last]
+    begins = markers[upper * spans + first : lower * spans : spans] + 2
+    behind = markers[1:].reshape(found.rows, spans)[upper:lower, first:last]
     ends = behind[:, -1] + 2
     x, y = first * span, upper * found.mcu_height
     width, height = min(last * span, found.width) - x, min(lower * found.mcu_height, found.height) - y
     head = bytearray(data[: found.scan])
     head[found.sof + 5 : found.sof + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
     made = bytearray().join((head, *map(data.__getitem__, map(slice, begins.tolist(), ends.tolist()))))
-    moved = len(head) + np.cumsum(ends - begins) - ends
-    np.frombuffer(made, np.uint8)[(behind + moved[:, None] + 1).ravel()] = _numbers(rows * across)
+    places = (behind + (len(head) + np.cumsum(ends - begins) - ends)[:, None]).ravel()
+    body, before = np.frombuffer(made, np.uint8), _numbers(found.rows * spans).reshape(found.rows, spans)
+    kinds = before[upper:lower, first:last].ravel()[:-1]
+    if not (body[places] == 0xFF).all() or not np.array_equal(body[places[:-1] + 1], kinds):
+        return None  # the index is of another picture, or this has faults
+    body[places + 1] = _numbers(rows * across)
     made[-1] = EOI
     return Cut(bytes(made), x, y, width, height)
 
 
-def _markers(data: bytes, scan: int, count: int) -> np.ndarray | None:
-    """Where the marker behind each of `count` intervals is; None where they are not what they should be."""
+def _is_index(kind: int, body: bytes) -> bool:
+    return kind == APP and body.startswith(INDEX)
+
+
+def _indexed(found: Layout) -> np.ndarray:
+    """As `_markers`, of a picture with an index; whether that is right is not looked at."""
+    lengths = np.frombuffer(found.index, ">u2", len(found.index) // 2)
+    if lengths.min(initial=2) < 2:  # not even a marker
+        return np.empty(0, np.int64)
+    return np.cumsum(np.concatenate(([found.scan - 2], lengths)))
+
+
+def _markers(data: bytes, scan: int, count: int) -> np.ndarray:
+    """Where the markers behind `count` intervals are, and before them all scan - 2; empty if they are not in order."""
     body = np.frombuffer(data, np.uint8, offset=scan)
     at = np.flatnonzero(body[:-1] == 0xFF)
     kinds = body[at + 1]
     real = np.flatnonzero(kinds)
     kinds = kinds[real]
     right = len(kinds) == count and kinds[-1] == EOI and np.array_equal(kinds[:-1], _numbers(count - 1))
-    return scan + at[real] if right else None
+    return np.concatenate(([scan - 2], scan + at[real])) if right else np.empty(0, np.int64)
 
 
 def _numbers(count: int) -> np.ndarray:
@@ -195,9 +220,19 @@ def with_markers(head: bytes, planes: Sequence[np.ndarray]) -> bytes | None:
             return None
         scans += [bytes((0xFF, RST + (number - 1) % 8)), scan] if upper else [scan]
     defined = b"".join(bytes((number,)) + counts + symbols for number, (counts, symbols) in tables.items())
-    *before, start = [(kind, body) for kind, _, body in _segments(head) if kind != DHT]
-    segments = (*before, (DHT, defined), (DRI, interval.to_bytes(2, "big")), start)
-    return b"".join((head[:2], *(_segment(*segment) for segment in segments), *scans, bytes((0xFF, EOI))))
+    *before, start = [(k, body) for k, _, body in _segments(head) if k != DHT and not _is_index(k, body)]
+    scan = b"".join((*scans, bytes((0xFF, EOI))))
+    index = _index(scan, found.columns * found.rows // interval)
+    segments = (*before, (DHT, defined), (DRI, interval.to_bytes(2, "big")), *index, start)
+    return b"".join((head[:2], *(_segment(*segment) for segment in segments), scan))
+
+
+def _index(scan: bytes, count: int) -> Iterator[tuple[int, bytes]]:
+    """Segments that say how long each of `count` intervals of entropy-coded data is; none where one is too long."""
+    lengths = np.diff(_markers(scan, 0, count))
+    if lengths.max() < 1 << 16:
+        for first in range(0, count, MOST):
+            yield APP, INDEX + lengths[first : first + MOST].astype(">u2").tobytes()
 
 
 def _scan(band: Layout, planes: Sequence[np.ndarray], codes: np.ndarray, interval: int, number: int) -> bytes | None:

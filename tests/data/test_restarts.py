@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastjepa.data import UnreadableImage
 from fastjepa.data import restarts as module
-from fastjepa.data.restarts import RST, Cut, cut, read_layout, with_markers
+from fastjepa.data.restarts import EOI, INDEX, RST, Cut, cut, read_layout, with_markers
 from fastjepa.data.turbo import marked
 from tests.data.test_turbo import TURBO, jpeg, needs_turbo, picture
 
@@ -118,6 +118,8 @@ def test_where_nothing_can_be_left_out():
     assert cut(b"", 0, 0, 1, 1) is None
     assert cut(data[:-2], 50, 50, 100, 100) is None  # the file ends before the picture
     at = data.index(bytes((0xFF, RST + 5)))
+    assert cut(data[: at + 1] + bytes((RST + 2,)) + data[at + 2 :], 50, 50, 100, 100)  # beside it
+    at = [i for i in range(at, len(data)) if data[i : i + 2] == data[at : at + 2]][10]  # of 20 in a row
     assert cut(data[: at + 1] + bytes((RST + 2,)) + data[at + 2 :], 50, 50, 100, 100) is None
 
 
@@ -199,12 +201,98 @@ def test_a_cut_that_is_not_what_it_says_is_not_decoded(monkeypatch):
     whole = TURBO.crop(data, (40, 40, 80, 50), 32).pixels
     for size in ((16, 60), (90, 16), (40, 40)):
         monkeypatch.setattr("fastjepa.data.turbo.cut", lambda *_, size=size: Cut(other, 32, 32, *size))
-        assert torch.equal(TURBO.crop(data, (40, 40, 80, 50), 32).pixels, whole)
+        crop = TURBO.crop(data, (40, 40, 80, 50), 32)
+        assert crop.aside == "JPEG with faults"  # Pillow has made it, of the whole
+        assert (crop.pixels.float() - whole.float()).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 10), (0, 0, 10, 0), (16, 0, -3, 10)])
 def test_boxes_without_pixels(box):
-    assert TURBO.turbo.decode(jpeg(picture(64, 48)), box, 1) is None
+    data = jpeg(picture(64, 48))
+    assert TURBO.turbo.decode(data, TURBO.turbo.header(data), box, 1) is None
+
+
+def indexed(data, change):
+    """The picture with an index whose lengths are changed."""
+    at, found = data.index(INDEX) + len(INDEX), read_layout(data)
+    lengths = np.frombuffer(found.index, ">u2").astype(np.int64)
+    made = data[:at] + change(lengths).astype(">u2").tobytes() + data[at + len(found.index) :]
+    assert len(made) == len(data)
+    return made
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 400), st.integers(1, 200), st.sampled_from([0, 1, 2]), st.sampled_from([2, 9, 32_000]), st.data())
+def test_an_index_says_where_markers_are(width, height, subsampling, most, draw):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MOST", most)  # lengths in a segment
+        data = marked(TURBO.turbo, jpeg(picture(width, height), subsampling=subsampling))
+    found = read_layout(data)
+    assert data.count(INDEX) == -(-found.rows * (found.columns // found.interval) // most)
+    left, top = draw.draw(st.integers(0, width - 1)), draw.draw(st.integers(0, height - 1))
+    box = (left, top, draw.draw(st.integers(left + 1, width)), draw.draw(st.integers(top + 1, height)))
+    part, looked = cut(data, *box), cut(data.replace(INDEX, INDEX[::-1]), *box)
+    assert (part is None) == (looked is None)
+    if part:
+        assert part.data.replace(INDEX, INDEX[::-1]) == looked.data
+        assert part[1:] == looked[1:]
+
+
+def swapped(lengths):
+    lengths[[5, 6]] = lengths[[6, 5]] + (1, -1)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lengths: lengths * 0,
+        lambda lengths: lengths * 0 + 1,
+        lambda lengths: lengths * 0 + 0xFFFF,
+        lambda lengths: lengths + 1,
+        lambda lengths: lengths[::-1],
+        lambda lengths: np.concatenate((lengths[:-1], lengths[-1:] + 1)),
+        swapped,
+    ],
+)
+def test_a_wrong_index_is_not_believed(change):
+    data = marked(TURBO.turbo, jpeg(picture(320, 200)))
+    wrong = indexed(data, change)
+    assert cut(data, 50, 5, 130, 100)
+    assert cut(wrong, 50, 5, 130, 100) is None
+    whole = TURBO.crop(data, (60, 6, 60, 60), 32)
+    crop = TURBO.crop(wrong, (60, 6, 60, 60), 32)
+    assert crop.aside is None
+    assert torch.equal(crop.pixels, whole.pixels)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_an_index_of_another_size_is_not_believed(size):
+    data = marked(TURBO.turbo, jpeg(picture(320, 200)))
+    segment = INDEX + read_layout(data).index
+    short = (INDEX + bytes(size)).ljust(len(segment), b"\xff")[: len(INDEX) + size]
+    head = (2 + len(segment)).to_bytes(2, "big")
+    made = data.replace(head + segment, (2 + len(short)).to_bytes(2, "big") + short)
+    assert made != data
+    assert cut(made, 50, 50, 100, 100) is None
+    assert torch.equal(TURBO.crop(made, (50, 50, 50, 50), 32).pixels, TURBO.crop(data, (50, 50, 50, 50), 32).pixels)
+
+
+@pytest.mark.parametrize("size", [(1 << 16) - 3, (1 << 16) - 2])
+def test_intervals_too_long_for_an_index(size):
+    scan = b"".join((bytes(10), bytes((0xFF, RST)), bytes(size), bytes((0xFF, EOI))))
+    segments = list(module._index(scan, 2))
+    assert segments == ([(module.APP, INDEX + b"\0\x0c\xff\xff")] if size + 2 < 1 << 16 else [])
+
+
+def test_a_batch_is_cropped_as_its_pictures_are():
+    datas = [jpeg(picture(90, 70)), marked(TURBO.turbo, jpeg(picture(320, 200))), b"", png()]
+    boxes = [(3, 4, 50, 60), (100, 50, 60, 60), (0, 0, 1, 1), (1, 2, 30, 20)]
+    crops = TURBO.crops(datas, boxes, 24)
+    assert isinstance(crops[2], UnreadableImage)
+    for i in (0, 1, 3):
+        assert torch.equal(crops[i].pixels, TURBO.crop(datas[i], boxes[i], 24).pixels)
+    assert crops[3].aside == "no JPEG"
 
 
 def test_progressive_pictures_that_lack_scans_stay_as_they_are():
