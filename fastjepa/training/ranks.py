@@ -101,9 +101,9 @@ class Ranks:
         mesh = init_device_mesh(device.type, (self.world,))
         encoder, predictor, target = model.encoder, model.predictor, model.target_encoder
         positions: set[nn.Parameter] = {encoder.pos_embed, predictor.predictor_pos_embed, target.pos_embed}
-        # What is beside the blocks belongs to the whole model: encoder and predictor give `Ragged`, in which FSDP would
-        # not find the tensors whose gradients it waits for.
-        for module in (*encoder.blocks, *predictor.predictor_blocks, *target.blocks, model):
+        # The target encoder can be called alone. What the other two have beside their blocks belongs to the whole
+        # model: they give `Ragged`, in which FSDP would not find the tensors whose gradients it waits for.
+        for module in (*encoder.blocks, *predictor.predictor_blocks, *target.blocks, target, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=positions)
         return model
 

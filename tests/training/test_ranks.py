@@ -253,6 +253,34 @@ def test_a_process_of_a_sharded_run_holds_its_part_alone(pictures, tmp_path):
     assert [row[-1] for row in rows[1:]] == list("0001100000")
 
 
+def test_the_target_encoder_of_a_sharded_run_is_called_alone(pictures, tmp_path):
+    """Between two steps, and training goes on as if nobody had called it."""
+    script = (
+        "import os, sys\n"
+        "import torch\n"
+        "from fastjepa.config import load_config\n"
+        "from fastjepa.training import train\n"
+        "def look(trainer):\n"
+        "    if trainer.step in (2, 5):\n"
+        "        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(trainer.step))\n"
+        "        seen = trainer.model.target_encoder(images), trainer.model.target_features(images)\n"
+        "        torch.save(seen, f'{sys.argv[1]}.{trainer.step}.{os.environ.get(\"RANK\", 0)}')\n"
+        "train(load_config(sys.argv[1]), look)\n"
+    )
+    seen = {}
+    for world, more in ((1, {}), (2, SHARDED)):
+        folder = tmp_path / str(world)
+        config = config_of(pictures, folder, 8 // world, **more)
+        done = scripted(world, config, folder, script)
+        assert done.returncode == 0, done.stderr
+        files = [folder / f"config.yaml.{step}.{rank}" for step in (2, 5) for rank in range(world)]
+        seen[world] = newest(config), [torch.load(file) for file in files]
+    assert_same(seen[2][0], seen[1][0])
+    for number, pair in enumerate(seen[2][1]):
+        for features in pair:
+            torch.testing.assert_close(features, seen[1][1][number // 2][0], rtol=1e-4, atol=1e-5)
+
+
 def test_processes_that_would_start_from_different_steps_do_not(pictures, tmp_path):
     run(1, config_of(pictures, tmp_path / "0", 8, stop_after=3), tmp_path / "0")
     done = scripted(
