@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=128, help="how many JPEG files are made")
     parser.add_argument("--workers", type=int, action="append", help="processes that decode; again for more (1 and 2)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each engine and number of workers")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="windows that make up those seconds")
     names = "; ".join(engine.name for engine in ENGINES)
     parser.add_argument("--engine", action="append", metavar="NAME", help=f"only this one; again for more: {names}")
 
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         if name not in named:
             raise ValueError(f"--engine: no engine {name!r}; there are {'; '.join(named)}")
     engines = [named[name] for name in dict.fromkeys(chosen)]
-    return measure(arguments.pictures, arguments.workers or (1, 2), arguments.seconds, engines)
+    return measure(arguments.pictures, arguments.workers or (1, 2), arguments.seconds, engines, arguments.repeats)
 
 
 def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
@@ -77,7 +78,8 @@ def table(rows: Sequence[dict]) -> str:
     first = rows[0]
     head = (
         f"{first['pictures']} JPEG files of {WIDTH}x{HEIGHT} and {first['picture_bytes'] / 1e3:.0f} kB, cached by the "
-        f"system; batches of {first['batch']}; median of {REPEATS} windows, spread from the slowest to the fastest"
+        f"system; batches of {first['batch']}; median of {first['windows']} windows, spread from the slowest to the "
+        "fastest"
     )
     lines = [_line(row) for row in rows if "images_per_second" in row]
     others = dict.fromkeys(
@@ -109,6 +111,7 @@ def measure(
     workers: Sequence[int] = (1, 2),
     seconds: float = 3.0,
     engines: Sequence[type[Engine]] = ENGINES,
+    repeats: int = REPEATS,
 ) -> list[dict]:
     """A row for each engine and number of workers: images a second that reach the training process.
 
@@ -122,15 +125,16 @@ def measure(
     tells it; `cpu_over_published` is the published way's over it.
 
     Raises:
-        ValueError: no pictures, workers or seconds.
+        ValueError: no pictures, workers, seconds or repeats.
     """
-    for name, value in (("pictures", pictures), *(("workers", count) for count in workers), ("seconds", seconds)):
+    counts = (("pictures", pictures), *(("workers", count) for count in workers), ("repeats", repeats))
+    for name, value in (*counts, ("seconds", seconds)):
         if not 0 < value < math.inf:
             raise ValueError(f"--{name} must be more than 0, got {value}")
     with TemporaryDirectory(prefix="fastjepa-input-") as folder:
         size = make_pictures(Path(folder), pictures)
         batch = min(BATCH, pictures)
-        common = {"batch": batch, "pictures": pictures, "picture_bytes": size}
+        common = {"batch": batch, "pictures": pictures, "picture_bytes": size, "windows": repeats}
         rows: list[dict] = []
         timed: list[tuple[dict, Engine, list[Window]]] = []
         for kind in engines:
@@ -139,9 +143,9 @@ def measure(
                 rows.append({"engine": kind.name, "workers": count, **common, **row})
                 if engine:
                     timed.append((rows[-1], engine, []))
-        for _ in range(REPEATS):  # engines in turn, so that a slow moment of the machine meets all of them
+        for _ in range(repeats):  # engines in turn, so that a slow moment of the machine meets all of them
             for row, engine, rates in timed:
-                rates.append(_window(engine, row["workers"], seconds / REPEATS))
+                rates.append(_window(engine, row["workers"], seconds / repeats))
     for row, _, windows in timed:
         rates = [window.rate for window in windows]
         rate = statistics.median(rates)

@@ -77,13 +77,8 @@ class Slow(pipelines.Engine):
         time.sleep(0.01 if step else 0.2)
 
 
-@pytest.fixture(autouse=True)
-def few_repeats(monkeypatch):
-    monkeypatch.setattr(suite, "REPEATS", 2)
-
-
 def rows_of(*engines, pictures=3, workers=(1,), seconds=0.05) -> list[dict]:
-    return suite.measure(pictures, workers, seconds, engines)
+    return suite.measure(pictures, workers, seconds, engines, repeats=2)
 
 
 @pytest.mark.parametrize("engine", [*suite.ENGINES, NvJPEGOnCPU, DALIInProcess], ids=lambda engine: engine.name)
