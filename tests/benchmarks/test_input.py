@@ -221,6 +221,7 @@ def test_cores_are_given_back():
         (["--pictures", "0"], "--pictures must be more than 0, got 0"),
         (["--workers", "2", "--workers", "-1"], "--workers must be more than 0, got -1"),
         (["--seconds", "nan"], "--seconds must be more than 0, got nan"),
+        (["--repeats", "0"], "--repeats must be more than 0, got 0"),
     ],
 )
 def test_bad_input_is_one_line(capsys, words, said):
