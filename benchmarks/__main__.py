@@ -25,6 +25,7 @@ SUITES = {
     "masks": "what drawing masks costs",
     "input": "what reading pictures costs",
     "codegen": "every kernel compiled for chips that need not be here",
+    "launches": "what training launches, each held to what codegen compiles; nothing runs",
     "host": "what launching costs the processor, with no GPU needed",
     "count": "what a whole step launches, moves and allocates, by count; nothing runs",
     "budget": "the least time that each part of a step of ours can take, by count; nothing runs",
@@ -33,7 +34,8 @@ SUITES = {
     "roofline": "what each operation costs at least, by count; nothing runs",
     "report": "tables and pictures of results",
 }
-UNTIMED = ("codegen", "roofline", "count", "budget", "faults", "fuzz", "report")  # suites whose rows are no machine's
+# Suites whose rows are no machine's.
+UNTIMED = ("codegen", "launches", "roofline", "count", "budget", "faults", "fuzz", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,6 +42,7 @@ class Chip(NamedTuple):
 
 # Kernels of small sums or indices, which move no rows.
 SCALAR_LOADS = {"jepa_loss_mean", "row_inverse"}
+SCALAR_LOADS |= {"gather_patches"}  # rows that Triton does not know to begin at 16 bytes
 SCALAR_STORES = {"grad_norm", "jepa_loss_mean", "mask_token_bwd", "row_inverse", "sum_partials"}
 SCALAR_STORES |= {"quantise_rows"}  # what it reads 16 bytes of it writes in 8 or 4
 REGISTERS = 65536  # 32-bit, of a multiprocessor of any of them; a warp gets them 256 at a time

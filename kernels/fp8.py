@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
-from .rows import DTYPES, WIDTHS, LaunchConfig, check_dtype, row_case, row_major, whole_row_config
+from .rows import DTYPES, HIDDEN_WIDTHS, WIDTHS, LaunchConfig, check_dtype, row_case, row_major, whole_row_config
 
 MAX_WIDTH = 8192
 FIRST_ARCH = 89  # chips before it have no 8-bit floating numbers
@@ -102,7 +102,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     if arch < FIRST_ARCH:
         return []
     cases = []
-    for width in sorted({factor * width for width in WIDTHS for factor in (1, 4)}):
+    for width in sorted({*WIDTHS, *HIDDEN_WIDTHS}):
         for dtype in DTYPES:
             signature = {"x_ptr": f"*{TRITON_DTYPE[dtype]}", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
             signature |= {"n_rows": "i32", "stride_x_row": "i32"}

@@ -13,6 +13,7 @@ Legend: T tokens, R rows of a table, N patches of an image, D width, P chunks of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
 from .rows import DTYPES, WIDTHS, LaunchConfig, check_dtype, row_case, row_major, sum_partials, tile_config
 
 _PLACE_CONFIG = LaunchConfig(1024, 1, num_warps=4)  # eight tokens to a lane
+_PATCH_OF_14 = 3 * 14 * 14  # pixels, which no power of two above 4 divides; those of 8 and 16 are among the widths
 _TILES = 8  # of the tokens whose mask-token gradient one program sums
 
 
@@ -503,16 +505,27 @@ def assemble_predictor_cost(
     return Cost((tokens + context_tokens + num_patches + 1) * row + 2 * index_bytes * tokens, tokens * width, 1)
 
 
+def _patches_of_14(arch: int) -> CompileCase:
+    """Pixels of patches: that a step of 588 numbers keeps to 16 bytes Triton does not see, and loads 8 at once."""
+    config = gather_config(_PATCH_OF_14, torch.float32, arch)
+    signature = {"x_ptr": "*fp32", "rows_ptr": "*i64", "y_ptr": "*fp32"}
+    signature |= dict.fromkeys(("n_tokens", "n_patches", "stride_x_row", "stride_pos_row"), "i32")
+    constexprs = {"D": _PATCH_OF_14, "HAS_POS": False, "pos_ptr": None}
+    label = f"d{_PATCH_OF_14} fp32"
+    case = row_case("gather_patches", label, _gather_kernel, signature, config, **constexprs)
+    return replace(case, aligned=tuple(name for name in case.aligned if name != "stride_x_row"))
+
+
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every shipped configuration."""
+    """Every shipped configuration, with int64 indices, which are those of `Ragged`."""
     cases = []
-    index = dict.fromkeys(("source_ptr", "patches_ptr"), "*i32")
+    index = dict.fromkeys(("source_ptr", "patches_ptr"), "*i64")
     for width in WIDTHS:
         for dtype in DTYPES:
             rows = f"*{TRITON_DTYPE[dtype]}"
             label = f"d{width} {rows[1:]}"
             fwd, bwd = gather_config(width, dtype, arch), scatter_config(width, dtype, arch)
-            gather = {"x_ptr": rows, "rows_ptr": "*i32", "pos_ptr": rows, "y_ptr": rows}
+            gather = {"x_ptr": rows, "rows_ptr": "*i64", "pos_ptr": rows, "y_ptr": rows}
             gather |= dict.fromkeys(("n_tokens", "n_patches", "stride_x_row", "stride_pos_row"), "i32")
             for has_pos in (False, True):
                 constexprs = {"D": width, "HAS_POS": has_pos} | ({} if has_pos else {"pos_ptr": None})
@@ -524,12 +537,14 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 constexprs = {"D": width, "UNIQUE": unique} | ({"starts_ptr": None} if unique else {})
                 name = label + (" unique" if unique else "")
                 cases.append(row_case("scatter_rows", name, _scatter_kernel, scatter, bwd, **constexprs))
-            signature = dict.fromkeys(("context_ptr", "token_ptr", "pos_ptr"), rows) | index | {"y_ptr": rows}
-            signature |= dict.fromkeys(("n_tokens", "stride_context_row", "stride_pos_row"), "i32")
-            cases.append(row_case("assemble_predictor", label, _assemble_kernel, signature, fwd, D=width))
-            signature = {"dy_ptr": rows, "source_ptr": "*i32", "part_ptr": "*fp32"}
+            for own, name in {rows: label, "*fp32": f"{label} own fp32"}.items():  # own: parameters
+                signature = {"context_ptr": rows, "token_ptr": own, "pos_ptr": own} | index | {"y_ptr": rows}
+                signature |= dict.fromkeys(("n_tokens", "stride_context_row", "stride_pos_row"), "i32")
+                cases.append(row_case("assemble_predictor", name, _assemble_kernel, signature, fwd, D=width))
+            signature = {"dy_ptr": rows, "source_ptr": "*i64", "part_ptr": "*fp32"}
             signature |= {"n_tokens": "i32", "stride_dy_row": "i32"}
             cases.append(row_case("mask_token_bwd", label, _mask_token_kernel, signature, bwd, D=width, TILES=_TILES))
-    signature = {"rows_ptr": "*i32", "order_ptr": "*i32", "n_tokens": "i32"}
-    cases.append(row_case("row_inverse", "i32", _place_kernel, signature, _PLACE_CONFIG))
+    cases.append(_patches_of_14(arch))
+    signature = {"rows_ptr": "*i64", "order_ptr": "*i32", "n_tokens": "i32"}
+    cases.append(row_case("row_inverse", "i64", _place_kernel, signature, _PLACE_CONFIG))
     return cases

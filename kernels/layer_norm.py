@@ -16,6 +16,7 @@ Legend: T rows (tokens), D width, P programs. A row's columns are pieces of BLOC
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -375,46 +376,74 @@ def add_layer_norm_cost(
     return Cost(each * entries + 8 * tokens + 2 * ones, 9 * entries, 1)
 
 
+class _Tables(NamedTuple):
+    """The dtypes of one configuration; residual: None where there is none."""
+
+    x: torch.dtype
+    residual: torch.dtype | None
+    y: torch.dtype
+    weight: torch.dtype
+
+    @property
+    def s(self) -> torch.dtype:
+        return self.x if self.residual is None else wider(self.x, self.residual)
+
+    @property
+    def split(self) -> bool:
+        return self.residual is not None and self.residual != self.x
+
+    @property
+    def narrowest(self) -> torch.dtype:
+        return _narrowest(self.x, self.residual or self.x, self.y)
+
+    def pointers(self) -> dict[str, str]:
+        """Of all arguments of either kernel that are tables."""
+        dtypes = {"x": self.x, "residual": self.residual or self.s, "y": self.y, "s": self.s, "dy": self.y}
+        dtypes |= {"ds": self.s, "dx": self.x, "dresidual": self.residual or self.s}
+        dtypes |= {"weight": self.weight, "bias": self.weight}
+        dtypes |= dict.fromkeys(("mean", "rstd", "part"), torch.float32)
+        return {f"{name}_ptr": f"*{TRITON_DTYPE[dtype]}" for name, dtype in dtypes.items()}
+
+    def label(self, width: int) -> str:
+        """For a person to read."""
+        words = [f"d{width}", TRITON_DTYPE[self.x]]
+        words += ["alone"] if self.residual is None else []
+        words += ["residual", TRITON_DTYPE[self.residual]] if self.residual and self.split else []
+        words += ["out", TRITON_DTYPE[self.y]] if self.y != self.s else []
+        return " ".join([*words, "weight", TRITON_DTYPE[self.weight]])
+
+
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Every shipped configuration at its fullest, a residual in forward and a gradient of s in backward, of one dtype
-    and as under autocast: 16-bit x and y beside an fp32 residual; then fp32 rows alone, with 16-bit y."""
+    """Every shipped configuration: with a residual and without, of one dtype and as under autocast, where 16-bit x and
+    y go beside an fp32 or a 16-bit residual, and the last norm of a model may give fp32. Nothing but y follows a last
+    norm, so that its backward has no gradient of s to add."""
+    wide, narrow = torch.float32, (torch.bfloat16, torch.float16)
+    kinds = [_Tables(d, d, d, d) for d in DTYPES] + [_Tables(wide, None, d, wide) for d in DTYPES]
+    kinds += [_Tables(torch.bfloat16, r, torch.bfloat16, wide) for r in (torch.bfloat16, None)]
+    within, last = ([_Tables(d, wide, y or d, wide) for d in narrow] for y in (None, wide))
     cases = sum_cases()
-    wide = torch.float32
-    kinds = [(d, d, d, d) for d in DTYPES] + [(torch.bfloat16, torch.bfloat16, torch.bfloat16, wide)]
-    kinds += [(d, wide, d, wide) for d in (torch.bfloat16, torch.float16)]
-    kinds += [(wide, None, d, wide) for d in (torch.bfloat16, torch.float16)]
     for width in WIDTHS:
-        for kind in kinds:
-            cases += _compile_cases(arch, width, *kind)
+        cases += [_forward_case(arch, width, kind) for kind in (*kinds, *within, *last)]
+        cases += [_backward_case(arch, width, kind, kind.residual is not None) for kind in (*kinds, *within)]
+        cases += [_backward_case(arch, width, kind, False) for kind in (*within, *last)]
     return cases
 
 
-def _compile_cases(
-    arch: int, width: int, x: torch.dtype, residual: torch.dtype | None, y: torch.dtype, weight: torch.dtype
-) -> list[CompileCase]:
-    """Forward and backward of one width with tables of these dtypes."""
-    s = x if residual is None else wider(x, residual)
-    split = residual is not None and residual != x
-    xs, ys, ss, cols = (f"*{TRITON_DTYPE[d]}" for d in (x, y, s, weight))
-    others = ss if residual is None else f"*{TRITON_DTYPE[residual]}"
-    label = f"d{width} {xs[1:]}"
-    label += " alone" if residual is None else f" residual {others[1:]}" if split else ""
-    label += (f" out {ys[1:]}" if y != s else "") + f" weight {cols[1:]}"
-    config = layer_norm_fwd_config(width, _narrowest(x, residual or x, y), arch)
-    signature = {"x_ptr": xs, "residual_ptr": others, "weight_ptr": cols, "bias_ptr": cols, "y_ptr": ys, "s_ptr": ss}
-    signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
+def _forward_case(arch: int, width: int, tables: _Tables) -> CompileCase:
+    config = layer_norm_fwd_config(width, tables.narrowest, arch)
+    signature = tables.pointers() | {"eps": "fp32"}
     signature |= dict.fromkeys(("n_rows", "stride_x_row", "stride_residual_row"), "i32")
-    constexprs = {"D": width, "HAS_RESIDUAL": residual is not None}
-    if residual is None:
-        constexprs["residual_ptr"] = None
-    forward = row_case("layer_norm_fwd", label, _layer_norm_fwd_kernel, signature, config, **constexprs)
-    narrow = _narrowest(y, s, x, residual or x)
-    config = layer_norm_bwd_config(width, narrow, arch, narrow != s)
-    signature = {"dy_ptr": ys, "ds_ptr": ss, "s_ptr": ss, "weight_ptr": cols, "dx_ptr": xs, "dresidual_ptr": others}
-    signature |= dict.fromkeys(("mean_ptr", "rstd_ptr", "part_ptr"), "*fp32")
+    constexprs = {"D": width, "HAS_RESIDUAL": tables.residual is not None}
+    constexprs |= {"residual_ptr": None} if tables.residual is None else {}
+    return row_case("layer_norm_fwd", tables.label(width), _layer_norm_fwd_kernel, signature, config, **constexprs)
+
+
+def _backward_case(arch: int, width: int, tables: _Tables, has_ds: bool) -> CompileCase:
+    config = layer_norm_bwd_config(width, tables.narrowest, arch, tables.narrowest != tables.s)
+    signature = tables.pointers()
     signature |= dict.fromkeys(("n_rows", "stride_dy_row", "stride_ds_row", "stride_s_row"), "i32")
-    constexprs = {"D": width, "HAS_DS": residual is not None, "SPLIT": split}
-    constexprs |= {} if split else {"dresidual_ptr": None}
-    constexprs |= {"ds_ptr": None} if residual is None else {}
-    backward = row_case("layer_norm_bwd", label, _layer_norm_bwd_kernel, signature, config, **constexprs)
-    return [forward, backward]
+    constexprs = {"D": width, "HAS_DS": has_ds, "SPLIT": tables.split}
+    constexprs |= {} if tables.split else {"dresidual_ptr": None}
+    constexprs |= {} if has_ds else {"ds_ptr": None}
+    label = tables.label(width) + (" last" if tables.residual is not None and not has_ds else "")
+    return row_case("layer_norm_bwd", label, _layer_norm_bwd_kernel, signature, config, **constexprs)

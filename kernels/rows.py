@@ -17,6 +17,7 @@ from torch import Tensor
 from .launch import TRITON_DTYPE, CompileCase
 
 WIDTHS = (192, 384, 768, 1024, 1280, 1408)  # of the encoders vit_tiny .. vit_giant; 384 is the predictor's too
+HIDDEN_WIDTHS = (768, 1536, 3072, 4096, 5120, 6144)  # of their MLPs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}  # A100, RTX 3090, RTX 4090, H100 and H200, B200
 

@@ -34,7 +34,7 @@ def check(tables: list[torch.Tensor], upstream: torch.Tensor | None = None, few:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("width", [100, 1536, 5632])
+@pytest.mark.parametrize("width", [100, 1536, 6144])
 def test_values_and_gradients(width: int, dtype: torch.dtype):
     check(inputs(37, width, dtype))
 
@@ -118,12 +118,12 @@ def test_refuses_what_it_cannot_do():
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiled_code(arch: int):
-    assert_compiles_well("gelu", arch, r"d(1536|5632) (bf16 bias bf16|fp16)", expected=8)
+    assert_compiles_well("gelu", arch, r"d(1536|6144) (bf16 bias bf16|fp16)", expected=8)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [768, 1536, 3072, 4096, 5120, 5632, 100])
+@pytest.mark.parametrize("width", [768, 1536, 3072, 4096, 5120, 6144, 100])
 def test_on_a_gpu(width: int, dtype: torch.dtype):
     assert DEVICE.type == "cuda"
     tables, upstream = inputs(5001, width, dtype), [randn(5001, width, dtype=dtype)]
