@@ -50,18 +50,20 @@ def _narrowest(*dtypes: torch.dtype) -> torch.dtype:
 def layer_norm_fwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
     """One row to a warp up to D = 1536, for tables of which `dtype` is the narrowest.
 
-    Unmeasured: chosen from compiled resources.
+    Unmeasured: chosen from compiled resources. Eight warps where Triton 3.6 spills two registers of four.
     """
-    return whole_row_config(width, dtype, values=48, num_warps=4)
+    return whole_row_config(width, dtype, values=48, num_warps=8 if width == 1024 and dtype.itemsize == 2 else 4)
 
 
 def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int, mixed: bool = False) -> LaunchConfig:
     """As many programs as the chip holds at once, each over many rows. Unmeasured: chosen from compiled resources.
 
     A lane keeps three values for each of its columns (row, dweight, dbias), so it is given fewer than in forward.
-    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'.
+    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'. Of more than 1280 columns they have eight
+    warps, since Triton 3.6 spills two registers of four.
     """
-    config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=4)
+    num_warps = 8 if mixed and width > 1280 else 4
+    config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=num_warps)
     columns = triton.cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
     resident = 3 if columns <= 24 and not mixed else 2  # groups of four warps, by registers: at most 168 and 248 a lane
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
