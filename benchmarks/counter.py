@@ -315,6 +315,13 @@ def kernel_path(counter: Counter) -> Iterator[None]:
         (AdamWEMA, "_takes_kernels", lambda self: True),
         (AdamWEMA, "_step_kernels", step),
     )
+    with replaced(changes):
+        yield
+
+
+@contextmanager
+def replaced(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes, as (owner, name, value), are these within, and then again what they were."""
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.callback(setattr, owner, name, getattr(owner, name))

@@ -15,7 +15,7 @@ import importlib
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 import fastjepa.kernels
 from benchmarks.codegen import CHIPS, kernel_modules
 from benchmarks.count import CPU, META
-from benchmarks.counter import CudaAutocast
+from benchmarks.counter import CudaAutocast, replaced
 from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
 from benchmarks.ways import Fast
@@ -154,10 +154,7 @@ def seen(sm: int) -> Iterator[list[Build]]:
     for info in pkgutil.iter_modules(fastjepa.kernels.__path__):
         module = importlib.import_module(f"fastjepa.kernels.{info.name}")
         changes += [(module, "arch_of", lambda device: sm)] * hasattr(module, "arch_of")
-    with ExitStack() as stack:
-        for owner, name, value in changes:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+    with replaced(changes):
         yield builds
 
 
