@@ -108,7 +108,7 @@ class LoggingConfig:
 @dataclass(frozen=True)
 class RuntimeConfig:
     """How the run is run. The numbers depend on `seed` and, under bf16, on `narrow_stream`, `fp8_target` and `shard`;
-    on `attention` and `accumulate` in their last digits; on nothing else here."""
+    on `attention`, `accumulate` and `cuda_graphs` in their last digits; on nothing else here."""
 
     device: str = "auto"
     seed: int = 0
@@ -121,6 +121,7 @@ class RuntimeConfig:
     accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
     activation_checkpointing: bool = False  # compute a block's inside again in the backward pass, to save memory
     narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
+    cuda_graphs: bool = False  # steps launched whole, on one GPU that small models keep waiting; takes more memory
     fp8_target: bool = False  # the target encoder multiplies in 8 bits, on GPUs that can; its features are rounded more
     compress_gradients: bool = False  # sent between processes as bf16
     shard: bool = False  # parameters, gradients and optimizer divided among the processes, to save memory (FSDP)
@@ -361,6 +362,12 @@ def _check(config: Config, source: str) -> None:
         ),
         "runtime.fp8_target cannot go with runtime.shard: weights in 8 bits are made once a step, of a whole layer": (
             runtime.fp8_target and runtime.shard
+        ),
+        "runtime.cuda_graphs cannot go with runtime.profile: a graph's launches belong to no part of a step": (
+            runtime.cuda_graphs and runtime.profile
+        ),
+        "runtime.cuda_graphs cannot go with runtime.activation_checkpointing, which reads random state": (
+            runtime.cuda_graphs and runtime.activation_checkpointing
         ),
         "runtime.fp8_target needs meta.use_bfloat16": runtime.fp8_target and not config.meta.use_bfloat16,
         "runtime.max_skipped must be at least 1": runtime.max_skipped < 1,

@@ -52,8 +52,8 @@ class AdamWEMA(torch.optim.AdamW):
             `max_grad_norm` nor `skip_nonfinite` asks for it.
 
     A step can be captured in a CUDA graph after an eager one. Replays count steps; `sync_hyperparameters` brings new
-    values of lr, weight_decay, momentum and so on to the device before a replay. `torch.amp.GradScaler` works as with
-    torch's fused optimizers: scale and found_inf stay on the device.
+    values of lr, weight_decay, momentum and so on to the device before a replay, and `note_replay` is called after it.
+    `torch.amp.GradScaler` works as with torch's fused optimizers: scale and found_inf stay on the device.
 
     Raises:
         ValueError: targets or copies that do not fit their parameters, parameters that are not floating or are given
@@ -141,8 +141,7 @@ class AdamWEMA(torch.optim.AdamW):
                 loss = closure()
         if not (self._takes_kernels() and self._step_kernels()):
             self._step_torch()
-        for tensor, copy in self._copies.items():
-            set_current(copy, tensor)
+        self._note_copies()
         return loss
 
     def sync_hyperparameters(self) -> None:
@@ -152,6 +151,19 @@ class AdamWEMA(torch.optim.AdamW):
         """
         if self._tables is not None:
             self._tables.set_hyperparameters(self._hyperparameters(), self.momentum, self.max_grad_norm)
+
+    def note_replay(self) -> None:
+        """Let autograd know that a replayed CUDA graph has changed all that its step changes.
+
+        What is kept of a parameter only as long as that stays the same, such as its form in 8 bits, is made anew then.
+        """
+        if self._tables is not None:
+            self._tables.note_written()
+        self._note_copies()
+
+    def _note_copies(self) -> None:
+        for tensor, copy in self._copies.items():
+            set_current(copy, tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.AdamW.state_dict`, with step numbers on the CPU, where a stock AdamW keeps them."""

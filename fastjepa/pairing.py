@@ -6,13 +6,13 @@ Also which rows of the target encoder's output the targets name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.ragged import Ragged, image_rows, masks_to_ragged, pad_offsets
+from fastjepa.ragged import Ragged, can_look, image_rows, masks_to_ragged
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,9 @@ class PredictorLayout:
             patches = torch.where(in_context, known, patches)
         frame = targets.with_values(patches_to, pairing.per_image)
         longest = masks_enc.max_length + masks_pred.max_length
-        if offsets.device.type == "cpu" and len(offsets) > 1 and not torch.compiler.is_compiling():
+        if can_look(offsets) and len(offsets) > 1:
             longest = int(offsets.diff().max())
         return cls(source, patches, offsets, longest, picked, frame)
-
-    def padded(self, multiple: int) -> PredictorLayout:
-        """With a sequence of mask tokens behind the others, so that `multiple` divides the total."""
-        if multiple == 1:
-            return self
-        extra, offsets, longest = pad_offsets(self.offsets, self.max_length, len(self.source), multiple)
-        source, patches = F.pad(self.source, (0, extra), value=-1), F.pad(self.patches, (0, extra))
-        return replace(self, source=source, patches=patches, offsets=offsets, max_length=longest)
 
 
 @dataclass(frozen=True)
@@ -134,11 +126,21 @@ class TargetRows:
         """
         index = masks_pred if isinstance(masks_pred, Ragged) else masks_to_ragged(masks_pred, num_images)
         rows, everything = image_rows(index, num_images, num_patches), num_images * num_patches
-        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        if can_look(rows):
             return cls(*rows.unique(return_inverse=True))
         if len(rows) < everything:
             return cls(rows, torch.arange(len(rows), device=rows.device))
         return cls(torch.arange(everything, device=rows.device), rows)
+
+    def padded(self, multiple: int) -> TargetRows:
+        """With row 0, which no token is told to read there, so often that `multiple` divides the number of rows.
+
+        Raises:
+            ValueError: a multiple below 1.
+        """
+        if multiple < 1:
+            raise ValueError(f"rows can be padded to multiples of 1 or more, got {multiple}")
+        return TargetRows(F.pad(self.kept, (0, -len(self.kept) % multiple)), self.place)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TargetRows:
         """This on `device`."""

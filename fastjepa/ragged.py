@@ -19,6 +19,7 @@ class Ragged:
         per_image: sequences an image has, so S = B * per_image and sequence s belongs to image `s // per_image`.
         max_length: length of the longest sequence in tokens, a host int. Worked out here where `offsets` lies on
             the CPU; pass it for offsets on another device, or reading it waits for that device once.
+        spare: images at the end that are padding (see `padded`); B does not count them, S does.
 
     Raises:
         ValueError: values and offsets that do not fit together (offsets on the CPU are checked; offsets on another
@@ -29,8 +30,10 @@ class Ragged:
     ([2, 1], 2, [[3, 4], [9]])
     """
 
-    def __init__(self, values: Tensor, offsets: Tensor, per_image: int = 1, *, max_length: int | None = None):
-        self.values, self.offsets, self.per_image = values, offsets, per_image
+    def __init__(
+        self, values: Tensor, offsets: Tensor, per_image: int = 1, *, max_length: int | None = None, spare: int = 0
+    ):
+        self.values, self.offsets, self.per_image, self.spare = values, offsets, per_image, spare
         self._max_length = max_length
         self._check()
 
@@ -48,7 +51,7 @@ class Ragged:
             )
         if offsets.device != values.device:
             raise ValueError(f"Ragged values are on {values.device} and its offsets on {offsets.device}")
-        if not _can_look(offsets):
+        if not can_look(offsets):
             return
         lengths = offsets.diff()
         longest = int(lengths.max()) if len(lengths) else 0
@@ -102,7 +105,7 @@ class Ragged:
         if values.shape[0] != self.values.shape[0]:
             raise ValueError(f"these sequences have {len(self.values)} tokens, got values {list(values.shape)}")
         new = object.__new__(Ragged)
-        new.values, new.offsets, new._max_length = values, self.offsets, self._max_length
+        new.values, new.offsets, new._max_length, new.spare = values, self.offsets, self._max_length, self.spare
         new.per_image = self.per_image if per_image is None else per_image
         return new
 
@@ -111,8 +114,31 @@ class Ragged:
         new = object.__new__(Ragged)
         new.values = self.values.to(device, non_blocking=non_blocking)
         new.offsets = self.offsets.to(device, non_blocking=non_blocking)
-        new.per_image, new._max_length = self.per_image, self.max_length
+        new.per_image, new._max_length, new.spare = self.per_image, self.max_length, self.spare
         return new
+
+    def padded(self, multiple: int) -> Ragged:
+        """Patch indices with one image more, of padding: a multiple of `multiple` tokens, and shapes that come again.
+
+        Its first sequence has as many tokens as lack, all of them patch 0, and its others none; `max_length` is at
+        least `multiple`. Contexts padded so, with targets padded to a multiple of 1, give the same loss and gradients
+        but for the rounding of sums in another order: nothing sees the padding's tokens, and no target reads them.
+
+        >>> r = Ragged(torch.tensor([3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)).padded(8)
+        >>> r.values.tolist(), r.offsets.tolist(), r.max_length
+        ([3, 4, 9, 0, 0, 0, 0, 0], [0, 2, 3, 8], 8)
+
+        Raises:
+            ValueError: a multiple below 1.
+        """
+        if multiple < 1:
+            raise ValueError(f"tokens can be padded to multiples of 1 or more, got {multiple}")
+        total = len(self.values)
+        total += -total % multiple
+        values = F.pad(self.values, (0, total - len(self.values)))
+        offsets = F.pad(self.offsets, (0, self.per_image), value=total)
+        longest = max(self.max_length, multiple)
+        return Ragged(values, offsets, self.per_image, max_length=longest, spare=self.spare + 1)
 
     def pin_memory(self) -> Ragged:
         """This in page-locked memory (`torch.utils.data.DataLoader(pin_memory=True)` calls it)."""
@@ -193,35 +219,20 @@ def sequence_ids(index: Ragged) -> Tensor:
     return ids.repeat_interleave(index.lengths, output_size=index.values.shape[0])
 
 
-def pad_offsets(offsets: Tensor, max_length: int, total: int, multiple: int) -> tuple[int, Tensor, int]:
-    """One sequence more, of as many tokens as `total` lacks to a multiple: (their number, offsets, max_length).
-
-    A sequence of its own is neither seen by others nor left unwritten by attention; if nothing reads its output, it has
-    no gradient. It is there, empty, where nothing lacks, so that shapes follow from the padded total; with 1 it is not.
-
-    >>> pad_offsets(torch.tensor([0, 2, 5], dtype=torch.int32), 3, 5, 8)
-    (3, tensor([0, 2, 5, 8], dtype=torch.int32), 3)
-    """
-    if multiple == 1:
-        return 0, offsets, max_length
-    extra = -total % multiple
-    return extra, F.pad(offsets, (0, 1), value=total + extra), max(max_length, extra)
-
-
 def image_rows(index: Ragged, num_images: int, num_patches: int) -> Tensor:
     """int64 [T]: where each masked patch lies in `features.view(B * N, D)`.
 
     Sequence s belongs to image `(s // per_image) % num_images`; the remainder lets the mask-major order of the
     official lists (all images under mask 0, then all under mask 1) share this with the image-major order of `Ragged`.
+    So spare images name patches of the first ones.
 
     Raises:
         ValueError: a number of sequences that is not a multiple of the images', or (checked on the CPU) a patch
             outside 0..N-1.
     """
-    if index.num_sequences % (num_images * index.per_image) if num_images else index.num_sequences:
-        raise ValueError(
-            f"masks of {index.num_sequences} sequences, {index.per_image} an image, do not fit {num_images} images"
-        )
+    sequences = index.num_sequences - index.spare * index.per_image
+    if sequences % (num_images * index.per_image) if num_images else sequences:
+        raise ValueError(f"masks of {sequences} sequences, {index.per_image} an image, do not fit {num_images} images")
     check_patches(index, num_patches)
     patches = index.values
     image = torch.arange(index.num_sequences, device=index.device) // index.per_image % max(num_images, 1)
@@ -234,7 +245,7 @@ def check_patches(index: Ragged, num_patches: int) -> None:
     Raises:
         ValueError: a patch outside 0..num_patches-1.
     """
-    if _can_look(index.values) and len(index.values):
+    if can_look(index.values) and len(index.values):
         low, high = (int(v) for v in index.values.aminmax())
         if low < 0 or high >= num_patches:
             raise ValueError(f"masks name patches {low}..{high}, but there are patches 0..{num_patches - 1}")
@@ -245,7 +256,7 @@ def _alike(masks: Sequence[Tensor]) -> bool:
     return masks[0].dtype in (torch.int32, torch.int64) and len({(m.dtype, m.device) for m in masks}) == 1
 
 
-def _can_look(tensor: Tensor) -> bool:
+def can_look(tensor: Tensor) -> bool:
     """Whether values can be looked at for nothing: on the CPU, outside of a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 

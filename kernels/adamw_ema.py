@@ -351,6 +351,10 @@ class MultiTensorAdamWEMA:
             num_warps=self._config.num_warps,
             num_stages=1,
         )
+        self.note_written()
+
+    def note_written(self) -> None:
+        """Let autograd know that an update, also one that a CUDA graph replays, has written its tensors."""
         torch.autograd.graph.increment_version(self._written)
 
 

@@ -191,8 +191,9 @@ class MovingTable:
             self._spare = None
             host.copy_(host_table(rows()))
             return table.copy_(host, non_blocking=True)
-        if self._spare is None and self._device.type == "cuda":
-            host = torch.empty(self._shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        if self._spare is None:
+            pinned = self._device.type == "cuda"
+            host = torch.empty(self._shape, dtype=torch.int64, device="cpu", pin_memory=pinned)
             self._spare = host, torch.empty(self._shape, dtype=torch.int64, device=self._device)
         if found != self._found:
             self._table = upload(host_table(rows()), self._device)

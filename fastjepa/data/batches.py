@@ -72,6 +72,26 @@ class Batch:
         )
 
     @property
+    def rows(self) -> int:
+        """Rows of the target encoder that `padded` rounds up to: as many as four images have."""
+        return 4 * self.num_patches
+
+    def padded(self) -> Batch:
+        """In shapes that come again from step to step, for the same loss: see `Ragged.padded`, `TargetRows.padded`.
+
+        Lists of masks stay as they are.
+        """
+        masks_enc, masks_pred = self.masks_enc, self.masks_pred
+        if isinstance(masks_enc, Ragged) and isinstance(masks_pred, Ragged):
+            masks_enc, masks_pred = masks_enc.padded(self.num_patches), masks_pred.padded(1)
+        return replace(self, masks_enc=masks_enc, masks_pred=masks_pred, targets=self.targets.padded(self.rows))
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads: images, masks, then the targets' rows."""
+        masks = [m for masks in (self.masks_enc, self.masks_pred) for m in _listed(masks)]
+        return [self.images, *masks, self.targets.kept, self.targets.place]
+
+    @property
     def context_tokens(self) -> int:
         """Context patches in the batch."""
         if isinstance(self.masks_enc, Ragged):
@@ -372,3 +392,7 @@ def _whole(batch: Any) -> Any:
 
 def _each(masks: Masks, change) -> Masks:
     return change(masks) if isinstance(masks, Ragged) else [change(m) for m in masks]
+
+
+def _listed(masks: Masks) -> list[Tensor]:
+    return [masks.values, masks.offsets] if isinstance(masks, Ragged) else masks

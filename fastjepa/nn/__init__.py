@@ -2,7 +2,6 @@
 
 from fastjepa.nn.block import MLP, Block
 from fastjepa.nn.linear import Linear, keep_copies, set_fp8
-from fastjepa.nn.padding import set_token_multiple
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.predictor import VisionTransformerPredictor, vit_predictor
 from fastjepa.nn.ragged_attention import RaggedAttention, set_attention_backend
@@ -30,7 +29,6 @@ __all__ = [
     "set_attention_backend",
     "set_fp8",
     "set_narrow_stream",
-    "set_token_multiple",
     "vit_base",
     "vit_giant",
     "vit_huge",

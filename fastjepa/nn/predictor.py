@@ -104,7 +104,7 @@ class VisionTransformerPredictor(Stack):
             check_patches(masks, self.predictor_pos_embed.shape[1])
         if len(context) != len(masks_enc.values):
             raise ValueError(f"context has {len(context)} tokens, but masks_enc names {len(masks_enc.values)} patches")
-        layout = PredictorLayout.build(masks_enc, masks_pred, pairing).padded(self.token_multiple)
+        layout = PredictorLayout.build(masks_enc, masks_pred, pairing)
         positions = self.predictor_pos_embed[0]
         context = self.predictor_embed(context)
         # Under autocast the linear gives bf16, but the residual stream stays as wide as the positions unless told.

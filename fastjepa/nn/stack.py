@@ -19,11 +19,9 @@ class Stack(nn.Module):
     """A model whose tokens go through blocks and a norm.
 
     Attributes:
-        token_multiple: see `set_token_multiple`. recompute: see `set_activation_checkpointing`. narrow_stream: see
-            `set_narrow_stream`.
+        recompute: see `set_activation_checkpointing`. narrow_stream: see `set_narrow_stream`.
     """
 
-    token_multiple = 1
     recompute = False
     narrow_stream = False
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa import ops
@@ -14,7 +13,7 @@ from fastjepa.nn.init import LAYER_NORM, init_weights, rescale_residuals
 from fastjepa.nn.patch_embed import PatchEmbed
 from fastjepa.nn.position import interpolate_positions, sincos_positions
 from fastjepa.nn.stack import Stack
-from fastjepa.ragged import Ragged, masks_to_ragged, pad_offsets
+from fastjepa.ragged import Ragged, masks_to_ragged
 
 
 class VisionTransformer(Stack):
@@ -101,22 +100,15 @@ class VisionTransformer(Stack):
         if masks is None:
             x = (self.patch_embed.embed(patches) + positions).flatten(0, 1)
             offsets = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * count
-            x = self._encode(x, offsets, count, keep)
+            x = self.run(self.blocks, self.norm, self.as_stream(x, x.dtype), offsets, count, keep)
             return x.view(batch, count, -1) if keep is None else x
         index = masks if isinstance(masks, Ragged) else masks_to_ragged(masks, batch)
         x = self.patch_embed.embed(ops.gather_tokens(patches, index).values)
         x = x + positions[0].index_select(0, index.values)
-        x = self._encode(x, index.offsets, index.max_length, keep)
+        x = self.run(self.blocks, self.norm, self.as_stream(x, x.dtype), index.offsets, index.max_length, keep)
         if keep is not None:
             return x
         return index.with_values(x) if isinstance(masks, Ragged) else x.view(index.num_sequences, -1, x.shape[-1])
-
-    def _encode(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None) -> Tensor:
-        total = x.shape[0]
-        extra, offsets, max_length = pad_offsets(offsets, max_length, total, self.token_multiple)
-        x = F.pad(x, (0, 0, 0, extra)) if extra else x
-        x = self.run(self.blocks, self.norm, self.as_stream(x, x.dtype), offsets, max_length, keep)
-        return x[:total] if extra and keep is None else x
 
 
 def _factory(name: str, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0):

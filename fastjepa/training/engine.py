@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from fastjepa.objective import IJEPA
 from fastjepa.ops import attention_backend
 from fastjepa.schedules import Schedules
 from fastjepa.sharding import local
+from fastjepa.training.graphs import CudaRecorder, StepGraphs
 from fastjepa.training.judging import Judging
 from fastjepa.training.log import NoLog, RunLog
 from fastjepa.training.models import build_models, build_optimizer, step_flops
@@ -78,10 +79,17 @@ class Trainer:
         else:
             self.forward = ranks.wrap(self.model, compress, config.runtime.accumulate)
         self.optimizer = build_optimizer(self.model, bf16)
+        self.graphs = self._graphs() if config.runtime.cuda_graphs else None
         self.schedules = Schedules(config.optimization, steps_per_epoch)
         self.step = 0
         self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(STD, device=self.device).view(3, 1, 1)
+
+    def _graphs(self) -> StepGraphs:
+        if self.device.type != "cuda" or self.ranks.world > 1:
+            found = f"{self.ranks.world} processes" if self.ranks.world > 1 else str(self.device)
+            raise ValueError(f"runtime.cuda_graphs is for one process on a GPU, this is {found}; leave it out")
+        return StepGraphs(self._take, self.optimizer, CudaRecorder(self.device))
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] as the floating images that the models take."""
@@ -100,9 +108,16 @@ class Trainer:
             group["lr"] = lr
             if not group.get("WD_exclude"):
                 group["weight_decay"] = weight_decay
-        losses, features = [], []
+        self.optimizer.momentum = self.schedules.momentum(self.step)
         parts = batch.parts(self.config.runtime.accumulate)
-        mine = self.ranks.share(len(batch.targets.place), self.device)
+        taken = self._take(parts, watched) if self.graphs is None else self.graphs.step(parts, watched, self.device)
+        self.step += 1
+        return taken
+
+    def _take(self, parts: Sequence[tuple[Batch, float]], watched: bool) -> tuple[Tensor, Tensor]:
+        """`train_step` on the parts of a batch and their shares, as far as the device goes."""
+        losses, features = [], []
+        mine = self.ranks.share(sum(len(part.targets.place) for part, _ in parts), self.device)
         for number, (part, share) in enumerate(parts):
             part = part.to(self.device)
             targets = None if watched else part.targets
@@ -114,10 +129,8 @@ class Trainer:
                 (loss * self.ranks.world).backward(1 + 0 * loss.detach())
             losses.append(loss.detach())
             features.append(seen)
-        self.optimizer.momentum = self.schedules.momentum(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return (torch.stack(losses).sum(), torch.cat(features)) if len(losses) > 1 else (losses[0], features[0])
 
     def is_finite(self) -> bool:

@@ -1,0 +1,208 @@
+"""Steps from graphs: the numbers of steps that are launched one by one, whatever changes from one to the next."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastjepa import Ragged, TargetRows
+from fastjepa.config import parse_config
+from fastjepa.data import Batch
+from fastjepa.kernels.launch import is_interpreted
+from fastjepa.training import engine, graphs
+from tests.helpers import make_pictures, tiny_config
+from tests.training.tape import Tape, take_as_on_a_device
+
+WATCH_EVERY = 5
+NEEDS_KERNELS = pytest.mark.skipif(not is_interpreted(), reason="tapes the launches of Triton's interpreter")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def run_of(pictures, folder, ragged=True, **runtime):
+    """(trainer, its batches) of a run on kernels whose features are watched every fifth step."""
+    settings = {"device": "cpu", "progress": False, **runtime}
+    config = tiny_config(
+        pictures,
+        folder,
+        data={"batch_size": 2, "crop_size": 24},
+        mask={"ragged": ragged, "patch_size": 4, "min_keep": 2, "num_pred_masks": 2},
+        meta={"embed_dim": 16, "depth": 1, "num_heads": 1, "pred_emb_dim": 16},
+        runtime=settings,
+        logging={"watch_every": WATCH_EVERY},
+    )
+    batches, _ = engine.prepare_data(config)
+    trainer = engine.Trainer(config, batches.steps_per_epoch)
+    take_as_on_a_device(trainer)
+    return trainer, batches
+
+
+def state(trainer):
+    """All that a step changes. Of the pieces of a parameter each has a step number."""
+    optimizer = trainer.optimizer
+    held = [*trainer.model.state_dict().values(), *optimizer._copies.values()]
+    held += [t for kept in optimizer.state.values() for name, t in kept.items() if name != "step"]
+    tables = optimizer._tables
+    return held if tables is None else [*held, tables._steps, tables._partials, tables.grad_norm]
+
+
+def seen(trainer, batch):
+    loss, features = trainer.train_step(batch)
+    return [loss.clone(), features.clone(), trainer.optimizer.grad_norm.clone()]
+
+
+def owned(batch: Batch) -> Batch:
+    """In memory of its own, as on another device."""
+    return copy.deepcopy(batch)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(("ragged", "accumulate"), [(True, 2), (False, 1)])
+def test_the_numbers_of_launches_one_by_one(pictures, tmp_path, ragged, accumulate):
+    ours, batches = run_of(pictures, tmp_path, ragged, accumulate=accumulate)
+    theirs, _ = run_of(pictures, tmp_path, ragged, accumulate=accumulate)
+    tape = Tape(lambda: state(ours))
+    ours.graphs = graphs.StepGraphs(ours._take, ours.optimizer, tape)
+    replays, chosen = 0, batches_for(batches)
+    for step, batch in enumerate(chosen):
+        known = len(ours.graphs.held)
+        found = seen(ours, owned(batch))
+        replays += len(ours.graphs.held) == known
+        theirs.graphs = Launched(theirs)
+        expected = seen(theirs, owned(batch))
+        if step % WATCH_EVERY:  # the rows that pad the features are of nothing
+            assert found.pop(1).shape == expected.pop(1).shape
+        assert all(map(torch.equal, found, expected)), f"step {step}"
+    assert replays == 4
+    for a, b in zip(state(ours), state(theirs), strict=True):
+        assert torch.equal(a, b)
+    steps = {kept["step"].item() for kept in ours.optimizer.state_dict()["state"].values()}
+    assert steps == {len(chosen)}
+    assert tape.names.count("lift_fresh") <= 1, "only the table of gradients may come from the host"
+
+
+def batches_for(batches):
+    """Six batches of the shapes that are the most frequent, another one before the last two of them."""
+    found = [batches[step] for step in range(60)]
+    keys = [graphs._shapes(batch) for batch in found]
+    often = max(keys, key=keys.count)
+    alike = [batch for batch, key in zip(found, keys, strict=True) if key == often]
+    other = next(batch for batch, key in zip(found, keys, strict=True) if key != often)
+    return [*alike[:4], other, *alike[4:6]]
+
+
+class Launched:
+    """In the place of graphs: the padded parts, launched."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def step(self, parts, watched, device):
+        return self.trainer._take([(part.padded(), share) for part, share in parts], watched)
+
+
+@NEEDS_KERNELS
+def test_a_replay_is_known_to_whoever_keeps_something_of_a_parameter(pictures, tmp_path):
+    trainer, batches = run_of(pictures, tmp_path)
+    trainer.graphs = graphs.StepGraphs(trainer._take, trainer.optimizer, Tape(lambda: state(trainer)))
+    watched = [*trainer.model.encoder.parameters(), *trainer.model.target_encoder.parameters()]
+    watched = [p for p in watched if p.requires_grad or p.dim() == 2]
+    batch = batches[1]
+    trainer.step = 1
+    trainer.train_step(owned(batch))
+    assert len(trainer.graphs.held) == 1
+    trainer.step = 1
+    before = [p._version for p in watched]
+    trainer.train_step(owned(batch))
+    assert len(trainer.graphs.held) == 1
+    assert all(p._version > version for p, version in zip(watched, before, strict=True))
+
+
+def test_no_more_graphs_than_the_most(pictures, tmp_path, monkeypatch):
+    """The steps of further shapes are launched, and a graph's are not."""
+    monkeypatch.setattr(graphs, "LARGEST", 1)
+    trainer, batches = run_of(pictures, tmp_path)
+    launched, replayed = [], []
+
+    class Recorder:
+        within = nullcontext
+
+        def capture(self, take):
+            return (lambda: replayed.append(1)), (torch.zeros(()), torch.zeros(()))
+
+    def take(parts, watched):
+        launched.append(watched)
+        return torch.zeros(()), torch.zeros(())
+
+    held = graphs.StepGraphs(take, trainer.optimizer, Recorder())
+    for watched in (False, True, True, False):
+        held.step(owned(batches[0]).parts(1), watched, trainer.device)
+    assert launched == [False, True, True]
+    assert len(replayed) == len(held.held) == 1
+
+
+LENGTHS = st.lists(st.integers(0, 36), min_size=2, max_size=2)
+
+
+@given(st.tuples(LENGTHS, LENGTHS), st.tuples(LENGTHS, LENGTHS), st.booleans())
+def test_one_key_is_one_set_of_shapes(ours, theirs, ragged):
+    """Batches go to one graph where their padded forms have the same shapes and bounds, and else to others."""
+    first, second = batch_of(*ours, ragged), batch_of(*theirs, ragged)
+    alike = [[t.shape for t in b.padded().tensors()] + bounds(b.padded()) for b in (first, second)]
+    assert (graphs._shapes(first) == graphs._shapes(second)) == (alike[0] == alike[1])
+
+
+def batch_of(contexts, targets, ragged):
+    """Two images of 36 patches; lists are as long as the first length says."""
+    if ragged:
+        masks = [Ragged.from_list([torch.randperm(36)[:n] for n in lengths]) for lengths in (contexts, targets)]
+    else:
+        masks = [[torch.stack([torch.randperm(36)[: n[0]] for _ in range(2)])] for n in (contexts, targets)]
+    images = torch.zeros(2, 3, 24, 24, dtype=torch.uint8)
+    return Batch(images, *masks, TargetRows.build(masks[1], 2, 36), torch.zeros(2), 36)
+
+
+def bounds(batch):
+    return [m.max_length for m in (batch.masks_enc, batch.masks_pred) if isinstance(m, Ragged)]
+
+
+def test_graphs_are_for_a_gpu(pictures, tmp_path):
+    with pytest.raises(ValueError, match="runtime.cuda_graphs is for one process on a GPU, this is cpu"):
+        run_of(pictures, tmp_path, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("other", ["profile", "activation_checkpointing"])
+def test_what_cannot_go_with_graphs(pictures, tmp_path, other):
+    config = tiny_config(pictures, tmp_path).to_dict()
+    config["runtime"] |= {"cuda_graphs": True, other: True}
+    with pytest.raises(ValueError, match=f"runtime.cuda_graphs cannot go with runtime.{other}"):
+        parse_config(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ragged", [True, False])
+def test_on_a_gpu(pictures, tmp_path, ragged):
+    """The losses of padded steps that are launched, and nothing is waited for in a step from a graph."""
+    ours, batches = run_of(pictures, tmp_path, ragged, device="cuda", cuda_graphs=True)
+    theirs, _ = run_of(pictures, tmp_path, ragged, device="cuda")
+    assert ours.graphs is not None
+    for step, batch in enumerate(batches_for(batches)):
+        batch = batch.pin_memory()
+        known = (step % WATCH_EVERY == 0, graphs._shapes(batch)) in ours.graphs.held
+        torch.cuda.set_sync_debug_mode("error" if known else "default")
+        try:
+            loss = ours.train_step(batch)[0].clone()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        theirs.graphs = Launched(theirs)
+        assert torch.equal(loss, theirs.train_step(batch)[0])
+    for a, b in zip(ours.model.state_dict().values(), theirs.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
