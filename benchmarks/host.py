@@ -1,37 +1,57 @@
-"""The `host` suite: what an eager call costs the processor that launches it, forward and backward, on any machine.
+"""The `host` suite: what eager calls and whole steps cost the processor that launches them, on any machine.
 
-Ours runs with Triton's launches replaced by nothing, on tensors of a few rows: what is left is our Python, autograd
-and the allocator. PyTorch's own operation on the same tensors stands beside it, its arithmetic included. What Triton
-itself takes for a launch is in neither; on a GPU the `kernels` suite has it, in its column `host`.
+Ours runs with a driver in Triton's place that has nothing run: what is left is our Python, Triton's, autograd and the
+allocator, all but the driver's own call. PyTorch's own operation on the same tensors stands beside it, arithmetic
+included, on tensors of a few rows. So a GPU with the same processor waits at least as long for a step's launches.
+
+Steps are those of the `step` suite with as many layers, but narrow ones: beside their launches next to nothing is
+computed. PyTorch's step is the row `eager` without its reading back.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
+from benchmarks.count import CPU
+from benchmarks.counter import replaced
+from benchmarks.launches import launched_on
 from benchmarks.operations import offsets_of, with_gradients
+from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
 from benchmarks.timing import clock
+from benchmarks.ways import Fast
+from fastjepa import TargetRows
+from fastjepa.data import Batch
+from fastjepa.kernels.launch import is_interpreted
+from fastjepa.training.graphs import Part, Result, StepGraphs
 
+SM = 90  # for which launches are made ready; they are as many for others
 LENGTHS = [3, 2]
 WIDTH, HEADS, TENSORS = 384, 6, 150
+STEPS = {"vit_base/16": (16, 6), "vit_huge/14": (14, 12)}  # patch, layers of the predictor
+STEP_REPEATS = 10  # of a call's for one of a step's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How often."""
-    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=300, help=f"of calls; of steps 1/{STEP_REPEATS} of it")
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
-    """A row for each operation."""
+    """A row for each operation and step.
+
+    Raises:
+        ValueError: kernels that are interpreted.
+    """
     return measure(arguments.repeats)
 
 
@@ -43,33 +63,37 @@ def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
     return []
 
 
-def measure(repeats: int = 300) -> list[dict]:
+def measure(repeats: int = 300, steps: bool = True) -> list[dict]:
     """A row for each operation: microseconds a call, ours and PyTorch's in turn, and the kernels that ours launches.
 
     Raises:
-        ValueError: Triton was imported without its interpreter, so its launches cannot be left out.
+        ValueError: kernels that are interpreted, so that Triton's own part is missing.
     """
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    from fastjepa.kernels.launch import is_interpreted
-
-    if not is_interpreted():
-        raise ValueError("the host suite needs TRITON_INTERPRET=1, set before triton is imported")
+    if is_interpreted():
+        raise ValueError("kernels are interpreted here, not launched: unset TRITON_INTERPRET")
     rows = []
-    for name, ours, torchs in _operations():
-        with _no_launches() as count:
-            ours()
-            launches = len(count)
-        times: dict[str, list[float]] = {"ours": [], "torch": []}
-        for number in range(repeats + 20):
-            with _no_launches():
-                mine = _seconds(ours)
-            theirs = _seconds(torchs)
-            if number >= 20:
-                times["ours"].append(mine)
-                times["torch"].append(theirs)
-        mine, theirs = (1e6 * statistics.median(times[who]) for who in ("ours", "torch"))
-        rows.append({"operation": name, "ours_us": mine, "torch_us": theirs, "launches": launches})
+    with nothing_runs() as launched:
+        for operation in _operations():
+            rows.append(_row(*operation, repeats, launched))
+        for model in STEPS if steps else ():
+            rows += [_row(*step, max(2, repeats // STEP_REPEATS), launched) for step in _steps(model)]
     return rows
+
+
+def _row(name: str, ours: Callable, torchs: Callable, repeats: int, launched: list[str]) -> dict:
+    ours()
+    launched.clear()
+    ours()
+    launches = len(launched)
+    times: dict[str, list[float]] = {"ours": [], "torch": []}
+    warm = max(2, repeats // 10)
+    for number in range(repeats + warm):
+        mine, theirs = _seconds(ours), _seconds(torchs)
+        if number >= warm:
+            times["ours"].append(mine)
+            times["torch"].append(theirs)
+    mine, theirs = (1e6 * statistics.median(times[who]) for who in ("ours", "torch"))
+    return {"operation": name, "ours_us": mine, "torch_us": theirs, "launches": launches}
 
 
 def _operations() -> Iterator[tuple[str, Callable, Callable]]:
@@ -124,12 +148,6 @@ def _optimizers() -> Iterator[tuple[str, Callable, Callable]]:
     from fastjepa.kernels.ema import MultiTensorEMA
     from fastjepa.optim import AdamWEMA
 
-    class OnKernels(AdamWEMA):
-        """Takes the path of CUDA tensors."""
-
-        def _takes_kernels(self) -> bool:
-            return True
-
     def leaves() -> list[Tensor]:
         ours: list[Tensor] = [torch.nn.Parameter(torch.zeros(8)) for _ in range(TENSORS)]
         for p in ours:
@@ -139,7 +157,7 @@ def _optimizers() -> Iterator[tuple[str, Callable, Callable]]:
     params, targets = leaves(), [torch.zeros(8) for _ in range(TENSORS)]
     kept = MultiTensorEMA(targets, params)
     yield f"EMA of {TENSORS} tensors", lambda: kept.update(0.99), lambda: _lerp(targets, params)
-    ours = OnKernels(params, target_params=targets)
+    ours = AdamWEMA(params, target_params=targets)
     theirs, averaged = leaves(), [torch.zeros(8) for _ in range(TENSORS)]
     stock = torch.optim.AdamW(theirs, fused=True)
 
@@ -155,18 +173,94 @@ def _lerp(targets: list[Tensor], params: list[Tensor]) -> None:
         torch._foreach_lerp_(targets, params, 0.01)  # pyright: ignore[reportPrivateImportUsage]
 
 
-@contextmanager
-def _no_launches() -> Iterator[list[str]]:
-    """Triton's launches do nothing, and are counted."""
-    from triton.runtime.interpreter import InterpretedFunction
+def _steps(model: str) -> Iterator[tuple[str, Callable, Callable]]:
+    """(name, ours, PyTorch's) of whole steps, forward to optimizer: truncated, ragged, and ragged from a graph.
 
+    Two images take as many launches as many do.
+    """
+    name, (patch, depth) = model.split("/")[0], STEPS[model]
+    work = Work(name, patch, 224, 2, (32, depth), {"embed_dim": 32, "num_heads": 2}, bf16=True, device=CPU)
+    images = work.images(work.batch)
+    eager = build(work, "eager")
+    masks = {ragged: work.masks(work.batch, 0, ragged) for ragged in (False, True)}
+
+    def theirs() -> None:
+        eager.backward(eager.loss(images, *masks[False]))
+        eager.optimizer.step()  # type: ignore[attr-defined]
+        eager.optimizer.zero_grad()  # type: ignore[attr-defined]
+        _lerp(list(eager.target_encoder.parameters()), list(eager.encoder.parameters()))
+
+    for ragged in (False, True):
+        way = _fast(work, ragged)
+        inputs = way.inputs(*masks[ragged], work.batch)
+        yield (
+            f"step of {model}, {'ragged' if ragged else 'truncated'}",
+            lambda way=way, inputs=inputs: _take(way, images, inputs),
+            theirs,
+        )
+    way = _fast(work, ragged=True)
+
+    def take(parts: list[Part], watched: bool) -> Result:
+        batch = parts[0][0]
+        return _take(way, images, (batch.masks_enc, batch.masks_pred, batch.targets)), images
+
+    patches = way.model.encoder.patch_embed.num_patches
+    targets = TargetRows.build(masks[True][1], work.batch, patches)
+    batch = Batch(images, *masks[True], targets, torch.arange(work.batch), patches)
+    graphs = StepGraphs(take, way.optimizer, _NoGraphs())
+    yield f"step of {model}, ragged, from a graph", lambda: graphs.step([(batch, 1.0)], False, CPU), theirs
+
+
+def _fast(work: Work, ragged: bool) -> Fast:
+    way: Any = build(work, "fastjepa ragged" if ragged else "fastjepa truncated")
+    for group in way.optimizer.param_groups:
+        group["fused"] = None  # as it is where parameters lie on a GPU
+    return way
+
+
+def _take(way: Fast, images: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    loss = way.loss(images, *inputs)
+    way.backward(loss)
+    way.update(MOMENTUM)
+    return loss.detach()
+
+
+class _NoGraphs:
+    """In place of CUDA graphs: what holds a step's launches, and runs none."""
+
+    within = nullcontext
+
+    def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        return (lambda: None), (torch.zeros(()), torch.zeros(()))
+
+
+@contextmanager
+def nothing_runs() -> Iterator[list[str]]:
+    """Operations launch kernels that do nothing; their names, in order."""
     launched: list[str] = []
-    run = InterpretedFunction.run
-    InterpretedFunction.run = lambda self, *args, **kwargs: launched.append(self.fn.__name__)
-    try:
+
+    class Nothing:
+        """A compiled kernel, as far as Triton's launcher asks it."""
+
+        function = packed_metadata = None
+
+        def __init__(self, name: str):
+            self.name = name
+
+        def launch_metadata(self, *arguments: Any) -> None:
+            launched.append(self.name)
+
+        def run(self, *arguments: Any) -> None:
+            pass
+
+    device = object()  # no other, so that what Triton keeps of it is found nowhere else
+
+    def compile(self: JITFunction, key: Any, *arguments: Any) -> Nothing:
+        kernel = self.device_caches[device][0][key] = Nothing(self.__name__)
+        return kernel
+
+    with launched_on(SM, device), replaced([(JITFunction, "_do_compile", compile)]):
         yield launched
-    finally:
-        InterpretedFunction.run = run
 
 
 def _seconds(call: Callable) -> float:

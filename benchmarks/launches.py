@@ -14,7 +14,7 @@ import argparse
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,14 +28,12 @@ from triton.runtime.jit import JITFunction
 import fastjepa.kernels
 from benchmarks.codegen import CHIPS, kernel_modules
 from benchmarks.count import CPU, META
-from benchmarks.counter import CudaAutocast, replaced
+from benchmarks.counter import CudaAutocast, as_on_a_gpu, replaced
 from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
 from benchmarks.ways import Fast
 from fastjepa import EMA
 from fastjepa.kernels.launch import CompileCase, is_interpreted
-from fastjepa.ops import library
-from fastjepa.optim import AdamWEMA
 from fastjepa.training.models import ENCODERS, build_optimizer
 
 STEPS, BATCH = 3, 32
@@ -135,39 +133,41 @@ def measure(work: Work, sm: int) -> list[dict]:
 
 @contextmanager
 def seen(sm: int) -> Iterator[list[Build]]:
-    """Every launch within, as what Triton would compile for it on such a chip; nothing is compiled, and nothing runs.
-
-    Our operations take their kernels on any device meanwhile.
-    """
+    """Every launch within, as what Triton would compile for it on such a chip; nothing is compiled or run."""
     builds: list[Build] = []
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         builds.append(_asked(fn.jit_function, compile))
         return True  # it is seen to, as far as Triton goes
 
-    changes: list[tuple[Any, str, Any]] = [
-        (driver, "_active", _Chip(sm)),
-        (knobs.runtime, "jit_cache_hook", hook),
-        (library, "takes_kernels", lambda x: True),
-        (AdamWEMA, "_takes_kernels", lambda self: True),
-    ]
-    for info in pkgutil.iter_modules(fastjepa.kernels.__path__):
-        module = importlib.import_module(f"fastjepa.kernels.{info.name}")
-        changes += [(module, "arch_of", lambda device: sm)] * hasattr(module, "arch_of")
-    with replaced(changes):
+    with launched_on(sm, sm), replaced([(knobs.runtime, "jit_cache_hook", hook)]):
         yield builds
 
 
+@contextmanager
+def launched_on(sm: int, device: Hashable) -> Iterator[None]:
+    """Operations launch their kernels within, from tensors on any device, and Triton takes it for such a chip's.
+
+    `device` is what Triton keeps apart by what it has compiled.
+    """
+    names = [info.name for info in pkgutil.iter_modules(fastjepa.kernels.__path__)]
+    modules = [importlib.import_module(f"fastjepa.kernels.{name}") for name in names]
+    changes: list[tuple[Any, str, Any]] = [(driver, "_active", _Chip(sm, device))]
+    changes += [(module, "arch_of", lambda device: sm) for module in modules if hasattr(module, "arch_of")]
+    with as_on_a_gpu(), replaced(changes):
+        yield
+
+
 class _Chip:
-    """What Triton's launcher asks a driver for, of a chip that is not there. Chips are told apart as devices are."""
+    """What Triton's launcher asks a driver for, of a chip that is not there."""
 
-    def __init__(self, sm: int):
-        self.sm = sm
+    def __init__(self, sm: int, device: Hashable):
+        self.sm, self.device = sm, device
 
-    def get_current_device(self) -> int:
-        return self.sm
+    def get_current_device(self) -> Hashable:
+        return self.device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: Hashable) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:

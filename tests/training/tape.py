@@ -15,11 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.counter import replaced
-from fastjepa import pairing, ragged
+from benchmarks.counter import as_on_a_gpu, replaced
 from fastjepa.kernels import adamw_ema, multi_tensor
-from fastjepa.ops import checks, library
-from fastjepa.optim import AdamWEMA
 from fastjepa.training.engine import Trainer
 from fastjepa.training.graphs import Result
 
@@ -108,18 +105,12 @@ def _capturing() -> Iterator[None]:
         yield
 
 
-def take_as_on_a_device(trainer: Trainer) -> None:
+def take_as_on_a_gpu(trainer: Trainer) -> None:
     """Have the trainer's steps launch kernels on CPU tensors, and look at no value, as they do on a GPU."""
     take = trainer._take
 
     def taken(*arguments: Any) -> Result:
-        changes: list[tuple[Any, str, Any]] = [
-            (library, "takes_kernels", lambda x: True),
-            (AdamWEMA, "_takes_kernels", lambda self: True),
-            (checks, "_looks_into", lambda values, asked: False),
-            *((module, "can_look", lambda tensor: False) for module in (ragged, pairing)),
-        ]
-        with replaced(changes):
+        with as_on_a_gpu():
             return take(*arguments)
 
     trainer._take = taken

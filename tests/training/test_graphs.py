@@ -16,7 +16,7 @@ from fastjepa.data import Batch
 from fastjepa.kernels.launch import is_interpreted
 from fastjepa.training import engine, graphs
 from tests.helpers import make_pictures, tiny_config
-from tests.training.tape import Tape, take_as_on_a_device
+from tests.training.tape import Tape, take_as_on_a_gpu
 
 WATCH_EVERY = 5
 NEEDS_KERNELS = pytest.mark.skipif(not is_interpreted(), reason="tapes the launches of Triton's interpreter")
@@ -41,7 +41,7 @@ def run_of(pictures, folder, ragged=True, **runtime):
     )
     batches, _ = engine.prepare_data(config)
     trainer = engine.Trainer(config, batches.steps_per_epoch)
-    take_as_on_a_device(trainer)
+    take_as_on_a_gpu(trainer)
     return trainer, batches
 
 
