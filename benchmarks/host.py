@@ -5,7 +5,7 @@ allocator, all but the driver's own call. PyTorch's own operation on the same te
 included, on tensors of a few rows. So a GPU with the same processor waits at least as long for a step's launches.
 
 Steps are those of the `step` suite with as many layers, but narrow ones: beside their launches next to nothing is
-computed. PyTorch's step is the row `eager` without its reading back.
+computed. PyTorch's step is the row `eager`, and what it reads back is there at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +24,15 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.count import CPU
 from benchmarks.counter import replaced
+from benchmarks.laps import take_step
 from benchmarks.launches import launched_on
 from benchmarks.operations import offsets_of, with_gradients
 from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
 from benchmarks.timing import clock
-from benchmarks.ways import Fast
-from fastjepa import TargetRows
-from fastjepa.data import Batch
+from benchmarks.ways import FastRaggedGraphs
 from fastjepa.kernels.launch import is_interpreted
-from fastjepa.training.graphs import Part, Result, StepGraphs
+from fastjepa.training.graphs import Result
 
 SM = 90  # for which launches are made ready; they are as many for others
 LENGTHS = [3, 2]
@@ -184,45 +184,20 @@ def _steps(model: str) -> Iterator[tuple[str, Callable, Callable]]:
     eager = build(work, "eager")
     masks = {ragged: work.masks(work.batch, 0, ragged) for ragged in (False, True)}
 
-    def theirs() -> None:
-        eager.backward(eager.loss(images, *masks[False]))
-        eager.optimizer.step()  # type: ignore[attr-defined]
-        eager.optimizer.zero_grad()  # type: ignore[attr-defined]
-        _lerp(list(eager.target_encoder.parameters()), list(eager.encoder.parameters()))
-
+    theirs = partial(take_step, eager, images, masks[False], MOMENTUM)
     for ragged in (False, True):
-        way = _fast(work, ragged)
-        inputs = way.inputs(*masks[ragged], work.batch)
-        yield (
-            f"step of {model}, {'ragged' if ragged else 'truncated'}",
-            lambda way=way, inputs=inputs: _take(way, images, inputs),
-            theirs,
-        )
-    way = _fast(work, ragged=True)
-
-    def take(parts: list[Part], watched: bool) -> Result:
-        batch = parts[0][0]
-        return _take(way, images, (batch.masks_enc, batch.masks_pred, batch.targets)), images
-
-    patches = way.model.encoder.patch_embed.num_patches
-    targets = TargetRows.build(masks[True][1], work.batch, patches)
-    batch = Batch(images, *masks[True], targets, torch.arange(work.batch), patches)
-    graphs = StepGraphs(take, way.optimizer, _NoGraphs())
-    yield f"step of {model}, ragged, from a graph", lambda: graphs.step([(batch, 1.0)], False, CPU), theirs
+        way = _on_kernels(build(work, "fastjepa ragged" if ragged else "fastjepa truncated"))
+        form = f"step of {model}, {'ragged' if ragged else 'truncated'}"
+        yield form, partial(take_step, way, images, way.inputs(*masks[ragged], work.batch), MOMENTUM), theirs
+    graphs = _on_kernels(FastRaggedGraphs(work.model(), work.bf16, _NoGraphs()))
+    inputs = graphs.inputs(*masks[True], work.batch)
+    yield f"step of {model}, ragged, from a graph", partial(take_step, graphs, images, inputs, MOMENTUM), theirs
 
 
-def _fast(work: Work, ragged: bool) -> Fast:
-    way: Any = build(work, "fastjepa ragged" if ragged else "fastjepa truncated")
+def _on_kernels(way: Any) -> Any:
     for group in way.optimizer.param_groups:
         group["fused"] = None  # as it is where parameters lie on a GPU
     return way
-
-
-def _take(way: Fast, images: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-    loss = way.loss(images, *inputs)
-    way.backward(loss)
-    way.update(MOMENTUM)
-    return loss.detach()
 
 
 class _NoGraphs:

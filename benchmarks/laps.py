@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import clock
-from benchmarks.ways import Way
+from benchmarks.ways import FastGraphs, Way
 from fastjepa import Ragged
 
 PARTS: tuple[str, ...] = ("target", "context", "predictor", "loss", "optimizer")
@@ -35,12 +35,12 @@ class Laps:
             self.marks.append((part, clock()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part, all of its laps together; waits for the device."""
+        """Seconds of each part, all of its laps together, or of the whole "step"; waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
         found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
-            found[part] += begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin
+            found[part] = found.get(part, 0.0) + (begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin)
         return found
 
 
@@ -59,6 +59,11 @@ def take_step(way: Way, images: Tensor, inputs: tuple[Any, ...], momentum: float
     of its input is there. What lies between two modules goes to the later one.
     """
     laps = Laps(way.device)
+    if isinstance(way, FastGraphs):
+        laps.mark("")
+        loss = way.step(images, inputs, momentum)
+        laps.mark("step")
+        return loss, laps
     with _borders(way, laps):
         laps.mark("")
         loss = way.loss(images, *inputs)
@@ -97,11 +102,13 @@ def _borders(way: Way, laps: Laps) -> Iterator[None]:
 
 
 def peak_bytes(way: Way, images: Tensor, inputs: tuple[Any, ...], momentum: float) -> int | None:
-    """What a step holds in memory at most, its parameters and optimizer state included.
+    """What a step holds in memory at most, its parameters and optimizer state included; None of one from a graph.
 
     On a GPU what torch's allocator has handed out; on the CPU what the profiler saw of it in this step, on top of what
     stays between steps.
     """
+    if isinstance(way, FastGraphs):
+        return None  # a graph's memory is its own, whether it runs or not
     if way.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(way.device)
         take_step(way, images, inputs, momentum)

@@ -19,7 +19,19 @@ from benchmarks.machine import clocks, here, joules
 from benchmarks.masks import SETTINGS
 from benchmarks.tables import columns
 from benchmarks.timing import Roofs, matmul_rate
-from benchmarks.ways import Compiled, Eager, Fast, FastRagged, Masks, Way, naive_models, official, require_checkout
+from benchmarks.ways import (
+    Compiled,
+    Eager,
+    Fast,
+    FastGraphs,
+    FastRagged,
+    FastRaggedGraphs,
+    Masks,
+    Way,
+    naive_models,
+    official,
+    require_checkout,
+)
 from fastjepa import IJEPA, MaskCollator, Ragged
 from fastjepa.chips import chip_of
 from fastjepa.nn import set_narrow_stream
@@ -29,7 +41,8 @@ MOMENTUM = 0.996
 FEW = 4  # images at a time in fp64
 UNIT = {False: 1e-5, True: 4e-3}  # rounding in fp32 and in bf16, allowed where eager had luck
 WARMUP = 3  # steps: torch.compile takes two lengths of contexts to know that they vary
-ROWS = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged", "official")
+FASTS: dict[str, type[Fast]] = {way.name: way for way in (Fast, FastRagged, FastGraphs, FastRaggedGraphs)}
+ROWS = ("eager", "compiled", *FASTS, "official")
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 (autocast) on a GPU, fp32 elsewhere")
     parser.add_argument("--narrow-stream", action="store_true", help="ours with a bf16 residual stream")
-    parser.add_argument("--row", action="append", choices=ROWS, help="default: all but official; eager is always there")
+    parser.add_argument(
+        "--row", action="append", choices=ROWS, help="default: all that run here but official; eager is always there"
+    )
     parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the published code, as one row")
 
 
@@ -125,7 +140,9 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         device=device,
         official=arguments.official,
     )
-    wanted = arguments.row or [row for row in ROWS if row != "official"]
+    wanted = arguments.row or [
+        row for row in ROWS if row != "official" and (not _is_graphs(row) or device.type == "cuda")
+    ]
     if arguments.official:
         wanted = [*wanted, "official"]
     return measure(work, arguments.steps, ["eager", *(row for row in ROWS[1:] if row in wanted)])
@@ -145,7 +162,7 @@ def table(rows: list[dict]) -> str:
             line["of matmul rate"] = row["of_matmul_rate"]
             line["peak GiB"] = row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**30
             line["J/1000 images"] = row["joules_per_1000_images"]
-            line |= {f"{part} ms": row["parts_ms"][part] for part in PARTS}
+            line |= {f"{part} ms": row["parts_ms"].get(part) for part in PARTS}
             line["eager/this"] = row["eager_over_this"]
         shown.append({key: value for key, value in line.items() if value is not None})
     return columns(shown)
@@ -189,8 +206,10 @@ def build(work: Work, name: str) -> Way:
     """The way of a row.
 
     Raises:
-        ValueError: no checkout for the row official.
+        ValueError: no checkout for the row official, or graphs without a GPU.
     """
+    if _is_graphs(name) and work.device.type != "cuda":
+        raise ValueError(f"the row {name} needs a GPU")
     model = work.model()
     if name == "eager":
         return Eager(naive_models(model), work.bf16)
@@ -200,7 +219,11 @@ def build(work: Work, name: str) -> Way:
         if work.official is None:
             raise ValueError("the row official needs --official FOLDER, a checkout of the published code")
         return official(work.official, work.name, model, work.bf16)
-    return (FastRagged if name == "fastjepa ragged" else Fast)(model, work.bf16)
+    return FASTS[name](model, work.bf16)
+
+
+def _is_graphs(name: str) -> bool:
+    return name in FASTS and issubclass(FASTS[name], FastGraphs)
 
 
 def exact_gradients(work: Work) -> tuple[float, list[Tensor]]:
@@ -277,7 +300,7 @@ def _form(masks: list[Tensor], ragged: bool) -> list[Tensor] | Ragged:
 
 def _common(work: Work, name: str, steps: int) -> dict[str, Any]:
     """What a row says before anything was timed."""
-    masks_enc, masks_pred = work.masks(work.batch, 0, name == "fastjepa ragged")
+    masks_enc, masks_pred = work.masks(work.batch, 0, name in FASTS and FASTS[name].ragged)
     del masks_enc
     return {
         "row": name,
@@ -303,6 +326,9 @@ def _time(work: Work, steps: int, timed: list[tuple[dict, Way]]) -> None:
     ways = [way for _, way in timed]
     batches = {ragged: list(_batches(work, steps, ragged)) for ragged in {way.ragged for way in ways}}
     laps: list[list[Laps]] = [[] for _ in ways]
+    for way in ways:  # a graph is made of the first step of its shapes, and a run takes thousands of them
+        for masks in batches[way.ragged] if isinstance(way, FastGraphs) else ():
+            take_step(way, work.images(work.batch), way.inputs(*masks, work.batch), MOMENTUM)
     energy: list[float | None] = [None] * len(ways)
     speeds: list[list[int]] = [[] for _ in ways]
     for number in range(steps + WARMUP):
@@ -351,7 +377,7 @@ def _fill(work: Work, row: dict, laps: list[dict[str, float]], batches: list[tup
         "flops_per_image": counted / work.batch,
         "mfu": counted / median / chip.flops if chip else None,
         "of_matmul_rate": counted / median / matmul_rate(work.device),
-        "parts_ms": {part: 1e3 * statistics.mean(seconds[part] for seconds in laps) for part in PARTS},
+        "parts_ms": {} if "step" in laps[0] else {p: 1e3 * statistics.mean(lap[p] for lap in laps) for p in PARTS},
     }
 
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.naive import Encoder, Predictor, take
 from fastjepa import IJEPA, Ragged
+from fastjepa.data import Batch
 from fastjepa.pairing import TargetRows
+from fastjepa.training.graphs import CudaRecorder, Part, Recorder, Result, StepGraphs
 from fastjepa.training.models import build_optimizer, parameter_groups
 
 Masks = list[Tensor] | Ragged
@@ -201,6 +203,39 @@ class FastRagged(Fast):
     """The same, with nothing cut."""
 
     name = "fastjepa ragged"
+    ragged = True
+
+
+class FastGraphs(Fast):
+    """The same, each step from a CUDA graph, as `runtime.cuda_graphs` has it; `recorder` makes them.
+
+    What other ways are asked for piece by piece is there too, launched, and gives the same numbers.
+    """
+
+    name = "fastjepa truncated, graphs"
+
+    def __init__(self, model: IJEPA, bf16: bool = False, recorder: Recorder | None = None):
+        super().__init__(model, bf16)
+        self.graphs = StepGraphs(self._take, self.optimizer, recorder or CudaRecorder(self.device))
+
+    def step(self, images: Tensor, inputs: tuple[Any, ...], momentum: float) -> Tensor:
+        """The loss of a whole step, which the next one writes over."""
+        self.optimizer.momentum = momentum
+        batch = Batch(images, *inputs, torch.empty(0), self.model.encoder.patch_embed.num_patches)
+        return self.graphs.step([(batch, 1.0)], False, self.device)[0]
+
+    def _take(self, parts: Sequence[Part], watched: bool) -> Result:
+        batch = parts[0][0]
+        loss = self.loss(batch.images, batch.masks_enc, batch.masks_pred, batch.targets)
+        self.backward(loss)
+        self.update(self.optimizer.momentum)
+        return loss.detach(), loss.detach()
+
+
+class FastRaggedGraphs(FastGraphs):
+    """The same, with nothing cut."""
+
+    name = "fastjepa ragged, graphs"
     ragged = True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ class Cost:
 
 def arch_of(device: torch.device) -> int:
     """80 for sm_80, 90 for sm_90, ...; 80 on a machine without CUDA, where kernels are interpreted."""
-    if device.type != "cuda":
-        return 80
+    return _capability(device) if device.type == "cuda" else 80
+
+
+@cache  # asked at every launch
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -7,6 +7,7 @@ A row of D columns is read in pieces of BLOCK_D columns, a 16-byte access to eac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class LaunchConfig:
 _SUM_CONFIG = LaunchConfig(64, 32, num_warps=4)  # partial sums by columns: pieces of 128 bytes
 
 
+@cache
 def tile_config(width: int, dtype: torch.dtype, vectors: int = 4) -> LaunchConfig:
     """Tiles for kernels that treat columns apart: `vectors` 16-byte accesses to each of 128 lanes, none beyond D.
 
@@ -51,6 +53,7 @@ def tile_config(width: int, dtype: torch.dtype, vectors: int = 4) -> LaunchConfi
     return LaunchConfig(max(1, 128 * vectors * vector // block_d), block_d, num_warps=4)
 
 
+@cache
 def whole_row_config(width: int, dtype: torch.dtype, values: int, num_warps: int) -> LaunchConfig:
     """Tiles of whole rows: the fewest warps a row so that a lane holds at most `values` of its columns.
 
