@@ -4,8 +4,9 @@ Ours runs with a driver in Triton's place that has nothing run: what is left is 
 allocator, all but the driver's own call. PyTorch's own operation on the same tensors stands beside it, arithmetic
 included, on tensors of a few rows. So a GPU with the same processor waits at least as long for a step's launches.
 
-Steps are those of the `step` suite with as many layers, but narrow ones: beside their launches next to nothing is
-computed. PyTorch's step is the row `eager`, and what it reads back is there at once.
+Steps are those of the `step` suite with as many layers, but 8 wide and on one image of 16 patches, so that products
+take little longer than launching them on a GPU does. PyTorch's step is the row `eager`; what it reads back is there at
+once, and it launches some of what ours leaves to one kernel.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from benchmarks.step import MOMENTUM, Work, build
 from benchmarks.tables import columns
 from benchmarks.timing import clock
 from benchmarks.ways import FastRaggedGraphs
+from fastjepa import Ragged
 from fastjepa.kernels.launch import is_interpreted
 from fastjepa.training.graphs import Result
 
 SM = 90  # for which launches are made ready; they are as many for others
 LENGTHS = [3, 2]
 WIDTH, HEADS, TENSORS = 384, 6, 150
-STEPS = {"vit_base/16": (16, 6), "vit_huge/14": (14, 12)}  # patch, layers of the predictor
+STEPS = {"vit_base": 6, "vit_large": 12, "vit_huge": 12}  # layers of the predictor
 STEP_REPEATS = 10  # of a call's for one of a step's
 
 
@@ -174,23 +176,17 @@ def _lerp(targets: list[Tensor], params: list[Tensor]) -> None:
 
 
 def _steps(model: str) -> Iterator[tuple[str, Callable, Callable]]:
-    """(name, ours, PyTorch's) of whole steps, forward to optimizer: truncated, ragged, and ragged from a graph.
-
-    Two images take as many launches as many do.
-    """
-    name, (patch, depth) = model.split("/")[0], STEPS[model]
-    work = Work(name, patch, 224, 2, (32, depth), {"embed_dim": 32, "num_heads": 2}, bf16=True, device=CPU)
-    images = work.images(work.batch)
-    eager = build(work, "eager")
-    masks = {ragged: work.masks(work.batch, 0, ragged) for ragged in (False, True)}
-
-    theirs = partial(take_step, eager, images, masks[False], MOMENTUM)
-    for ragged in (False, True):
-        way = _on_kernels(build(work, "fastjepa ragged" if ragged else "fastjepa truncated"))
-        form = f"step of {model}, {'ragged' if ragged else 'truncated'}"
-        yield form, partial(take_step, way, images, way.inputs(*masks[ragged], work.batch), MOMENTUM), theirs
+    """(name, ours, PyTorch's) of whole steps, forward to optimizer: truncated, ragged, and ragged from a graph."""
+    work = Work(model, 16, 64, 1, (8, STEPS[model]), {"embed_dim": 8, "num_heads": 1}, bf16=True, device=CPU)
+    images, eager = work.images(work.batch), build(work, "eager")
+    lists = [torch.arange(4)[None]], [torch.arange(start, start + 2)[None] for start in (4, 6, 8, 10)]
+    theirs = partial(take_step, eager, images, lists, MOMENTUM)
+    packed = tuple(Ragged.from_list([mask[0] for mask in masks], len(masks)) for masks in lists)
+    for form, masks in (("truncated", lists), ("ragged", packed)):
+        way = _on_kernels(build(work, f"fastjepa {form}"))
+        yield f"step of {model}, {form}", partial(take_step, way, images, way.inputs(*masks, 1), MOMENTUM), theirs
     graphs = _on_kernels(FastRaggedGraphs(work.model(), work.bf16, _NoGraphs()))
-    inputs = graphs.inputs(*masks[True], work.batch)
+    inputs = graphs.inputs(*packed, 1)
     yield f"step of {model}, ragged, from a graph", partial(take_step, graphs, images, inputs, MOMENTUM), theirs
 
 

@@ -221,7 +221,9 @@ class FastGraphs(Fast):
     def step(self, images: Tensor, inputs: tuple[Any, ...], momentum: float) -> Tensor:
         """The loss of a whole step, which the next one writes over."""
         self.optimizer.momentum = momentum
-        batch = Batch(images, *inputs, torch.empty(0), self.model.encoder.patch_embed.num_patches)
+        masks_enc, masks_pred, targets = inputs
+        patches = self.model.encoder.patch_embed.num_patches
+        batch = Batch(images, masks_enc, masks_pred, targets, torch.empty(0), patches)
         return self.graphs.step([(batch, 1.0)], False, self.device)[0]
 
     def _take(self, parts: Sequence[Part], watched: bool) -> Result:

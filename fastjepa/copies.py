@@ -22,5 +22,5 @@ def is_current(copy: Tensor, parameter: Tensor) -> bool:
     return found is not None and found[0]() is parameter and found[1:] == _state(parameter)
 
 
-def _state(parameter: Tensor) -> tuple[int, int, str]:
-    return parameter._version, parameter.data_ptr(), str(parameter.device)
+def _state(parameter: Tensor) -> tuple[int, int, int]:
+    return parameter._version, parameter.data_ptr(), parameter.get_device()

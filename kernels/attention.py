@@ -43,7 +43,7 @@ from .attention_tiles import (
     tile_constants,
     zero_tile,
 )
-from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
+from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of, cdiv
 
 __all__ = [
     "attention_bwd",
@@ -116,7 +116,7 @@ def attention_fwd(qkv: Tensor, offsets: Tensor, max_length: int, scale: float) -
     if n_tokens == 0:
         return out, lse
     config = attention_config(head_dim, qkv.dtype, arch_of(qkv.device), regime_of(max_length)).fwd
-    n_tiles = triton.cdiv(max_length, config.rows)
+    n_tiles = cdiv(max_length, config.rows)
     _attention_fwd_kernel[((offsets.shape[0] - 1) * heads * n_tiles,)](
         qkv_ptr=qkv,
         offsets_ptr=offsets,

@@ -33,7 +33,7 @@ from .attention_tiles import (
     tile_constants,
     zero_tile,
 )
-from .launch import arch_of
+from .launch import arch_of, cdiv
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def attention_bwd(
     config = attention_config(head_dim, qkv.dtype, arch_of(qkv.device), regime_of(max_length))
     delta = torch.empty_like(lse)
     dout = dout.contiguous()
-    n_tiles = 1 if config.one_launch else triton.cdiv(max_length, config.bwd.rows)
+    n_tiles = 1 if config.one_launch else cdiv(max_length, config.bwd.rows)
     for part in ("both",) if config.one_launch else ("queries", "keys"):
         _attention_bwd_kernel[((offsets.shape[0] - 1) * heads * n_tiles,)](
             do_ptr=dout,

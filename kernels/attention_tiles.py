@@ -120,6 +120,7 @@ def attention_config(head_dim: int, dtype: torch.dtype, arch: int, regime: str) 
     return AttentionConfig(LaunchConfig(*fwd), LaunchConfig(*bwd), one_launch=regime != "long")
 
 
+@cache
 def head_parts(head_dim: int) -> tuple[int, int]:
     """The columns of a head as two powers of two, of at least the 16 that a dot takes; the second is 0 if not needed.
 

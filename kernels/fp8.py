@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
+from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of, cdiv
 from .rows import DTYPES, HIDDEN_WIDTHS, WIDTHS, LaunchConfig, check_dtype, row_case, row_major, whole_row_config
 
 MAX_WIDTH = 8192
@@ -77,7 +77,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty((n_rows, width), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((n_rows, 1), dtype=torch.float32, device=x.device)
     if n_rows:
-        _quantise_kernel[(triton.cdiv(n_rows, config.block_t),)](
+        _quantise_kernel[(cdiv(n_rows, config.block_t),)](
             x_ptr=x,
             q_ptr=q,
             scale_ptr=scale,

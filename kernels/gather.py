@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
+from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of, cdiv
 from .rows import DTYPES, WIDTHS, LaunchConfig, check_dtype, row_case, row_major, sum_partials, tile_config
 
 _PLACE_CONFIG = LaunchConfig(1024, 1, num_warps=4)  # eight tokens to a lane
@@ -194,7 +194,7 @@ def row_inverse(rows: Tensor, num_rows: int, unique: bool = False) -> RowInverse
     if unique:
         order = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
         if n_tokens:
-            _place_kernel[(triton.cdiv(n_tokens, _PLACE_CONFIG.block_t),)](
+            _place_kernel[(cdiv(n_tokens, _PLACE_CONFIG.block_t),)](
                 rows_ptr=rows,
                 order_ptr=order,
                 n_tokens=n_tokens,
@@ -216,7 +216,7 @@ def gather_rows_fwd(x: Tensor, rows: Tensor, pos_embed: Tensor | None = None) ->
     pos_embed = None if pos_embed is None else row_major(pos_embed)
     y = torch.empty((n_tokens, width), dtype=x.dtype, device=x.device)
     if y.numel():
-        _gather_kernel[(triton.cdiv(n_tokens, config.block_t) * triton.cdiv(width, config.block_d),)](
+        _gather_kernel[(cdiv(n_tokens, config.block_t) * cdiv(width, config.block_d),)](
             x_ptr=x,
             rows_ptr=rows,
             pos_ptr=pos_embed,
@@ -242,7 +242,7 @@ def scatter_rows_fwd(x: Tensor, inverse: RowInverse, num_rows: int, dtype: torch
     x = row_major(x)
     y = torch.empty((num_rows, width), dtype=dtype or x.dtype, device=x.device)
     if y.numel():
-        _scatter_kernel[(triton.cdiv(num_rows, config.block_t) * triton.cdiv(width, config.block_d),)](
+        _scatter_kernel[(cdiv(num_rows, config.block_t) * cdiv(width, config.block_d),)](
             x_ptr=x,
             order_ptr=inverse.order,
             starts_ptr=inverse.starts,
@@ -268,7 +268,7 @@ def assemble_predictor_fwd(
     context, pos_embed = row_major(context), row_major(pos_embed)
     y = torch.empty((n_tokens, width), dtype=context.dtype, device=context.device)
     if y.numel():
-        _assemble_kernel[(triton.cdiv(n_tokens, config.block_t) * triton.cdiv(width, config.block_d),)](
+        _assemble_kernel[(cdiv(n_tokens, config.block_t) * cdiv(width, config.block_d),)](
             context_ptr=context,
             token_ptr=mask_token,
             pos_ptr=pos_embed,
@@ -292,10 +292,10 @@ def mask_token_bwd(dy: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     n_tokens, width = dy.shape
     config = scatter_config(width, dy.dtype, arch_of(dy.device))
     dy = row_major(dy)
-    chunks = triton.cdiv(n_tokens, config.block_t * _TILES)
+    chunks = cdiv(n_tokens, config.block_t * _TILES)
     part = torch.empty((chunks, width), dtype=torch.float32, device=dy.device)
     if part.numel():
-        _mask_token_kernel[(chunks * triton.cdiv(width, config.block_d),)](
+        _mask_token_kernel[(chunks * cdiv(width, config.block_d),)](
             dy_ptr=dy,
             source_ptr=source,
             part_ptr=part,

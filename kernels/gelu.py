@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
+from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of, cdiv
 from .rows import DTYPES, HIDDEN_WIDTHS, LaunchConfig, check_dtype, row_case, row_major, sum_partials, tile_config
 
 _TILES = 16  # of the rows that one program of the backward sums
@@ -140,7 +140,7 @@ def gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
     x = row_major(x)
     y = torch.empty((n_rows, width), dtype=x.dtype, device=x.device)
     if y.numel():
-        _gelu_fwd_kernel[(triton.cdiv(n_rows, config.block_t) * triton.cdiv(width, config.block_d),)](
+        _gelu_fwd_kernel[(cdiv(n_rows, config.block_t) * cdiv(width, config.block_d),)](
             x_ptr=x,
             bias_ptr=bias,
             y_ptr=y,
@@ -161,11 +161,11 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     n_rows, width = x.shape
     config = gelu_bwd_config(width, x.dtype, arch_of(x.device))
     dy, x = row_major(dy), row_major(x)
-    chunks = triton.cdiv(n_rows, config.block_t * _TILES)
+    chunks = cdiv(n_rows, config.block_t * _TILES)
     dx = torch.empty((n_rows, width), dtype=x.dtype, device=x.device)
     part = torch.empty((chunks, width), dtype=torch.float32, device=x.device)
     if dx.numel():
-        _gelu_bwd_kernel[(chunks * triton.cdiv(width, config.block_d),)](
+        _gelu_bwd_kernel[(chunks * cdiv(width, config.block_d),)](
             dy_ptr=dy,
             x_ptr=x,
             bias_ptr=bias,

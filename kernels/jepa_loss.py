@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
+from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of, cdiv
 from .rows import DTYPES, WIDTHS, LaunchConfig, check_dtype, row_case, row_major, whole_row_config
 
 MAX_WIDTH = 8192
@@ -124,7 +124,7 @@ def jepa_loss_fwd(
         return torch.full((), float("nan"), dtype=torch.float32, device=prediction.device), slope
     narrow = min(prediction.dtype, features.dtype, key=lambda dtype: dtype.itemsize)
     config = jepa_loss_config(width, narrow, arch_of(prediction.device))
-    programs = triton.cdiv(n_rows, config.block_t)
+    programs = cdiv(n_rows, config.block_t)
     prediction, features = row_major(prediction), row_major(features)
     part = torch.empty(programs, dtype=torch.float32, device=prediction.device)
     loss = torch.empty((), dtype=torch.float32, device=prediction.device)
@@ -163,7 +163,7 @@ def jepa_loss_bwd(slope: Tensor, dloss: Tensor) -> Tensor:
     dprediction = torch.empty_like(slope)
     n_rows, width = slope.shape
     if n_rows:
-        _jepa_loss_bwd_kernel[(triton.cdiv(n_rows * width, _SCALE_CONFIG.block_d),)](
+        _jepa_loss_bwd_kernel[(cdiv(n_rows * width, _SCALE_CONFIG.block_d),)](
             slope_ptr=slope,
             dloss_ptr=dloss,
             dprediction_ptr=dprediction,

@@ -38,6 +38,11 @@ class Cost:
     launches: int
 
 
+def cdiv(count: int, size: int) -> int:
+    """Pieces of `size` that `count` takes, as `triton.cdiv`, which takes ten times as long."""
+    return -(-count // size)
+
+
 def arch_of(device: torch.device) -> int:
     """80 for sm_80, 90 for sm_90, ...; 80 on a machine without CUDA, where kernels are interpreted."""
     return _capability(device) if device.type == "cuda" else 80

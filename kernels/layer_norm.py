@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of
+from .launch import TRITON_DTYPE, CompileCase, Cost, arch_of, cdiv
 from .rows import (
     DTYPES,
     MULTIPROCESSORS,
@@ -64,7 +64,7 @@ def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int, mixed: bool
     """
     num_warps = 8 if mixed and width > 1280 else 4
     config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=num_warps)
-    columns = triton.cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
+    columns = cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
     resident = 3 if columns <= 24 and not mixed else 2  # groups of four warps, by registers: at most 168 and 248 a lane
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
     return replace(config, programs=programs)
@@ -220,7 +220,7 @@ def layer_norm_fwd(
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if n_rows:
-        _layer_norm_fwd_kernel[(triton.cdiv(n_rows, config.block_t),)](
+        _layer_norm_fwd_kernel[(cdiv(n_rows, config.block_t),)](
             x_ptr=x,
             residual_ptr=residual,
             weight_ptr=weight,
@@ -261,7 +261,7 @@ def layer_norm_bwd(
     x_dtype, residual_dtype = x_dtype or s.dtype, residual_dtype or s.dtype
     narrow = _narrowest(dy.dtype, s.dtype, x_dtype, residual_dtype)
     config = layer_norm_bwd_config(width, narrow, arch_of(s.device), narrow != s.dtype)
-    programs = min(triton.cdiv(n_rows, config.block_t), config.programs)
+    programs = min(cdiv(n_rows, config.block_t), config.programs)
     dy = row_major(dy)
     ds = None if ds is None else row_major(ds)
     split = x_dtype != residual_dtype

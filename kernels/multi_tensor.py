@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv
+
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 VECTOR_BYTES = 16
 
@@ -156,7 +158,7 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
 
 def chunk_table(numels: Sequence[int], chunk: int, at_least: int = 0) -> Tensor:
     """int32 [C, 2] on the host: (tensor, piece) of every chunk, tensors in order, `at_least` chunks for each tensor."""
-    counts = host_table([max(at_least, triton.cdiv(n, chunk)) for n in numels])
+    counts = host_table([max(at_least, cdiv(n, chunk)) for n in numels])
     tensor = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
     piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return torch.stack([tensor, piece], dim=1).to(torch.int32).contiguous()

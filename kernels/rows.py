@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TRITON_DTYPE, CompileCase
+from .launch import TRITON_DTYPE, CompileCase, cdiv
 
 WIDTHS = (192, 384, 768, 1024, 1280, 1408)  # of the encoders vit_tiny .. vit_giant; 384 is the predictor's too
 HIDDEN_WIDTHS = (768, 1536, 3072, 4096, 5120, 6144)  # of their MLPs
@@ -133,7 +133,7 @@ def _sum_partials_kernel(
 def sum_partials(part: Tensor, out: Tensor) -> Tensor:
     """out[c] = sum over p of part[p, c], always added in the same order. Shapes: part fp32 [P, D]; out [D]."""
     n_parts, width = part.shape
-    _sum_partials_kernel[(triton.cdiv(width, _SUM_CONFIG.block_d),)](
+    _sum_partials_kernel[(cdiv(width, _SUM_CONFIG.block_d),)](
         part_ptr=part,
         out_ptr=out,
         n_parts=n_parts,

@@ -34,6 +34,7 @@ class Recorder(Protocol):
 
     def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], Any], Result]:
         """(what runs the launches of `take` again, its result, which that writes anew)."""
+        ...
 
 
 class StepGraphs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_a_wrong_way_has_no_time(monkeypatch):
         def objective(self, images, *inputs):
             return 1.001 * super().objective(images, *inputs)
 
-    monkeypatch.setattr(step, "Fast", Off)
+    monkeypatch.setitem(step.FASTS, "fastjepa truncated", Off)
     eager, ours = step.measure(SMALL, 1, ROWS[:2])
     assert "ms" in eager
     assert "ms" not in ours
@@ -72,7 +73,7 @@ def test_a_way_that_cannot_run_says_why(monkeypatch):
         def objective(self, images, *inputs):
             raise RuntimeError("no compiler\nhere")
 
-    monkeypatch.setattr(step, "Fast", Fails)
+    monkeypatch.setitem(step.FASTS, "fastjepa truncated", Fails)
     _, ours = step.measure(SMALL, 1, ROWS[:2])
     assert ours["absent"] == "fails: RuntimeError: no compiler"
 
@@ -83,7 +84,7 @@ def test_a_missing_gradient_is_wrong(monkeypatch):
             model.predictor.mask_token.requires_grad_(False)
             super().__init__(model, bf16)
 
-    monkeypatch.setattr(step, "Fast", Frozen)
+    monkeypatch.setitem(step.FASTS, "fastjepa truncated", Frozen)
     _, ours = step.measure(SMALL, 1, ROWS[:2])
     assert "gradients" in ours["wrong"]
 
@@ -183,10 +184,37 @@ def test_scaling_changes_one_thing_at_a_time(monkeypatch):
     assert "eager" in scaling.table(found)
 
 
+def test_steps_from_graphs_have_one_lap():
+    """With a recorder that captures nothing, so that each step is launched as the first of its shapes."""
+
+    class Recorder:
+        within = nullcontext
+
+        def capture(self, take):
+            return (lambda: None), (torch.zeros(()), torch.zeros(()))
+
+    way = ways.FastRaggedGraphs(SMALL.model(), recorder=Recorder())
+    other = step.build(SMALL, "fastjepa ragged")
+    images, masks = SMALL.images(3), SMALL.masks(3, 0, ragged=True)
+    (loss, lap), (expected, _) = (laps.take_step(w, images, w.inputs(*masks, 3), 0.9) for w in (way, other))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert list(way.graphs.held)
+    seconds = lap.seconds()
+    assert seconds.pop("step") > 0
+    assert not any(seconds.values())
+    assert laps.peak_bytes(way, images, way.inputs(*masks, 3), 0.9) is None
+
+
+def test_rows_of_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="the row fastjepa ragged, graphs needs a GPU"):
+        step.build(SMALL, "fastjepa ragged, graphs")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*ROWS, "compiled"])
+@pytest.mark.parametrize("name", [*ROWS, "compiled", "fastjepa truncated, graphs", "fastjepa ragged, graphs"])
 def test_every_way_on_a_gpu(name: str):
     work = Work("vit_tiny", 16, 224, 8, (192, 2), {"depth": 2}, bf16=True, device=torch.device("cuda"))
     rows = {row["row"]: row for row in step.measure(work, 2, list(dict.fromkeys(["eager", name])))}
     assert rows[name]["ms"] > 0, rows[name]
+    assert ("graphs" in name) == (not rows[name]["parts_ms"])
     assert all(seconds > 0 for seconds in rows[name]["parts_ms"].values())
