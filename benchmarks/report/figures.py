@@ -45,11 +45,13 @@ PARTS: dict[str, dict[str, str]] = {
     "optimizer": {"facecolor": "#c9c3d9", "hatch": "\\\\\\"},
 }
 # Of the ways to take a step.
-WAYS: dict[str, dict[str, str]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "eager": {"color": "#8a8a8a", "marker": "o", "linestyle": ":"},
     "compiled": {"color": "#c8501e", "marker": "s", "linestyle": "--"},
     "fastjepa truncated": {"color": "#5f9e6e", "marker": "^", "linestyle": "-."},
     "fastjepa ragged": {"color": "#0b3c6f", "marker": "D", "linestyle": "-"},
+    "fastjepa truncated, graphs": {"color": "#2f6b3f", "marker": "v", "linestyle": (0, (3, 1, 1, 1))},
+    "fastjepa ragged, graphs": {"color": "#4f8fc9", "marker": "P", "linestyle": (0, (5, 1))},
 }
 OTHER_WAY = {"color": "#555555", "marker": "x", "linestyle": (0, (1, 3))}
 LEADS = {"facecolor": "#1f4e79", "hatch": ""}  # a peer takes longer than ours

@@ -51,6 +51,11 @@ LINK_SHARE = Assumption(
 )
 BUCKET = Assumption(25 << 20, "bytes whose all-reduce no backward pass hides: DistributedDataParallel's bucket size")
 BACKWARD_SHARE = Assumption(2 / 3, "of the context encoder's time is its backward pass, as of its FLOPs")
+LAUNCH = Assumption(
+    45e-6,
+    "seconds of a core for each launch of a step of ours: `python -m benchmarks host` on an AMD EPYC, "
+    "steps of three models over their launches by count",
+)
 USABLE = Assumption(0.92, "of a GPU's memory: CUDA itself, the allocator's gaps and NCCL's buffers take the rest")
 FILE_BYTES = Assumption(
     115_440, "bytes of a picture: the 147.9 GB of ImageNet's training archive over its 1,281,167 files"
@@ -62,6 +67,7 @@ ASSUMPTIONS = (
     LINK_SHARE,
     BUCKET,
     BACKWARD_SHARE,
+    LAUNCH,
     USABLE,
     FILE_BYTES,
     IMAGES_PER_CORE,

@@ -75,6 +75,15 @@ class Step:
         layers = {"target": flops.encoder.layers, "context": 3 * flops.encoder.layers}
         return (layers | {"predictor": 3 * flops.predictor.layers}).get(part, 1)
 
+    @property
+    def launches(self) -> int:
+        """Of a step of ours, PyTorch's operators among them: of each layer, and of what there is once.
+
+        The `count` suite sees as many with lists of masks, and ten fewer with `Ragged` ones.
+        """
+        flops = self.models.flops
+        return 145 + 34 * flops.encoder.layers + 26 * flops.predictor.layers
+
     def costs(self) -> dict[str, Cost]:
         """Of each of `PARTS`, context and predictor with their backward passes."""
         flops, moved = self.flops(), self.moved()

@@ -15,7 +15,7 @@ from fastjepa.plan.cost import Step
 from fastjepa.plan.layers import IMPLEMENTATIONS
 from fastjepa.plan.measured import PACKAGED, Measured, images_per_core, read_runs, steps_of, unlikeness
 from fastjepa.plan.memory import Memory, largest
-from fastjepa.plan.predict import Communication, Part, communication, gpu_fractions, parts
+from fastjepa.plan.predict import Communication, Part, communication, gpu_fractions, launching, parts
 from fastjepa.plan.recipe import SETTINGS, recipe
 from fastjepa.plan.work import FEWEST, Batches, Models, draw
 
@@ -183,8 +183,8 @@ def _plan(
     row = order.implementation + (f" {'ragged' if ragged else 'truncated'}" if step.ours else "")
     found = parts(step, chip.flops, chip.bandwidth, gpu_fractions(rows, step, row, chip))
     exchange = communication(step, chip, order.gpus, order.per_node, found, order.network)
-    computing = sum(part.seconds for part in found.values())
-    seconds = computing + exchange.exposed_seconds
+    found["launching"] = launching(step, config.runtime.cuda_graphs, found)
+    seconds = sum(part.seconds for part in found.values()) + exchange.exposed_seconds
     hours = order.steps * seconds / 3600
     flops = sum(flops.total for flops in models.flops.parts(batches.mean.tokens).values()) / batch_size
     rate = batch_size / seconds
@@ -211,6 +211,7 @@ def _plan(
         "communication": {key: value for key, value in asdict(exchange).items() if key != "basis"},
         "parts": {name: asdict(part) for name, part in found.items()},
     }
+    figures["parts"]["launching"]["efficiency"] = None
     figures["parts"]["communication"] = _as_part(exchange)
     figures["cost"] = _cost(order, figures["gpu_hours"], figures["energy_kwh"])
     figures["input"], input_basis = _input(order, rate, per_core)

@@ -83,6 +83,20 @@ def gpu_fractions(measured: Sequence[Measured], step: Step, row: str, chip: Chip
     return dict.fromkeys(PARTS, assumed.fraction(step.implementation, chip.name))
 
 
+def launching(step: Step, graphs: bool, found: Mapping[str, Part]) -> Part:
+    """What a step's launches take a core beyond the time that the GPU has work for; with `graphs` there is one."""
+    computing = sum(part.seconds for part in found.values())
+    if graphs:
+        seconds, basis = 0.0, "counted: a step from a CUDA graph is one launch"
+    elif not step.ours or any("measured:" in part.basis for part in found.values()):
+        seconds, basis = 0.0, "assumed: within the other parts' efficiencies"
+    else:
+        seconds = max(0.0, step.launches * assumed.LAUNCH.value - computing)
+        each = f"{1e6 * assumed.LAUNCH.value:.0f} us of a core each (the host suite, on an AMD EPYC)"
+        basis = f"counted: {step.launches} launches; assumed: {each}, while the GPU runs those before"
+    return Part(0.0, 0.0, 0.0, 1.0, seconds, basis)
+
+
 def communication(
     step: Step, chip: Chip, gpus: int, per_node: int, found: Mapping[str, Part], network: float | None = None
 ) -> Communication:

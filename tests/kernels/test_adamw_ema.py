@@ -410,15 +410,17 @@ def test_only_aligned_tensors_of_known_dtypes_take_a_path_of_wide_accesses():
 
 
 def test_a_captured_graph_has_a_gradient_table_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    capturing = False
+    capturing = True
     monkeypatch.setattr(multi_tensor, "is_capturing", lambda device: capturing)
     moving, (one, two) = MovingTable(1, 1, DEVICE), torch.zeros(2, 1)
-    eager = moving.follow(addresses([one]), lambda: [[1]])
-    capturing = True
     with pytest.raises(RuntimeError, match="run one step before capturing"):
         moving.follow(addresses([one]), lambda: [[1]])
-    moving._spare = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    capturing = False
+    eager = moving.follow(addresses([one]), lambda: [[1]])
+    capturing = True
     captured = moving.follow(addresses([one]), lambda: [[2]])
+    with pytest.raises(RuntimeError, match="and one between two"):
+        moving.follow(addresses([one]), lambda: [[2]])
     capturing = False
     later = moving.follow(addresses([two]), lambda: [[3]])
     assert [eager.item(), captured.item(), later.item()] == [1, 2, 3]

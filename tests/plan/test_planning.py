@@ -66,6 +66,19 @@ def test_the_published_run(official: dict[str, Any]):
     assert official["published"]["gpu_hours"] == 1152
 
 
+def test_small_models_wait_for_their_launches_unless_they_come_from_graphs():
+    config = recipe(Path("vitt8_96px_one_gpu"), {})
+    order = Order(config, find_chip("a100-80g"), images=9469)
+    launched = plan(order, "ragged")
+    graphs = plan(replace(order, config=replace(config, runtime=replace(config.runtime, cuda_graphs=True))), "ragged")
+    parts = launched["parts"]
+    assert 1e-3 * 20 < launched["seconds_per_step"] == pytest.approx((145 + 34 * 12 + 26 * 4) * 45e-6)
+    assert parts["launching"]["seconds"] > 0 == graphs["parts"]["launching"]["seconds"]
+    assert graphs["seconds_per_step"] == pytest.approx(launched["seconds_per_step"] - parts["launching"]["seconds"])
+    assert "657 launches" in launched["basis"]["parts.launching"]
+    assert "one launch" in graphs["basis"]["parts.launching"]
+
+
 def test_gradients_of_the_published_run(official: dict[str, Any]):
     """652.7 M parameters in fp32; each GPU sends 30/16 of them, which the network of a node passes."""
     sent = official["communication"]
