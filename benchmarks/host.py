@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -73,29 +73,35 @@ def measure(repeats: int = 300, steps: bool = True) -> list[dict]:
     """
     if is_interpreted():
         raise ValueError("kernels are interpreted here, not launched: unset TRITON_INTERPRET")
-    rows = []
     with nothing_runs() as launched:
-        for operation in _operations():
-            rows.append(_row(*operation, repeats, launched))
-        for model in STEPS if steps else ():
-            rows += [_row(*step, max(2, repeats // STEP_REPEATS), launched) for step in _steps(model)]
+        rows = _rows(list(_operations()), repeats, launched)
+        if steps:
+            cases = [case for model in STEPS for case in _steps(model)]
+            rows += _rows(cases, max(2, repeats // STEP_REPEATS), launched)
     return rows
 
 
-def _row(name: str, ours: Callable, torchs: Callable, repeats: int, launched: list[str]) -> dict:
-    ours()
-    launched.clear()
-    ours()
-    launches = len(launched)
-    times: dict[str, list[float]] = {"ours": [], "torch": []}
+def _rows(cases: Sequence[tuple[str, Callable, Callable]], repeats: int, launched: list[str]) -> list[dict]:
+    """All take turns, since other work on the machine comes and goes."""
     warm = max(2, repeats // 10)
-    for number in range(repeats + warm):
-        mine, theirs = _seconds(ours), _seconds(torchs)
-        if number >= warm:
-            times["ours"].append(mine)
-            times["torch"].append(theirs)
-    mine, theirs = (1e6 * statistics.median(times[who]) for who in ("ours", "torch"))
-    return {"operation": name, "ours_us": mine, "torch_us": theirs, "launches": launches}
+    times: dict[tuple[str, str], list[float]] = {(name, who): [] for name, *_ in cases for who in ("ours", "torch")}
+    launches = {}
+    for _ in range(repeats + warm):
+        for name, ours, torchs in cases:
+            launched.clear()
+            times[name, "ours"].append(_seconds(ours))
+            launches[name] = len(launched)
+            times[name, "torch"].append(_seconds(torchs))
+    found = {key: 1e6 * statistics.median(seconds[warm:]) for key, seconds in times.items()}
+    return [
+        {
+            "operation": name,
+            "ours_us": found[name, "ours"],
+            "torch_us": found[name, "torch"],
+            "launches": launches[name],
+        }
+        for name, *_ in cases
+    ]
 
 
 def _operations() -> Iterator[tuple[str, Callable, Callable]]:
