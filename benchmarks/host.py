@@ -74,7 +74,7 @@ def measure(repeats: int = 300, steps: bool = True) -> list[dict]:
     if is_interpreted():
         raise ValueError("kernels are interpreted here, not launched: unset TRITON_INTERPRET")
     with nothing_runs() as launched:
-        rows = _rows(list(_operations()), repeats, launched)
+        rows = [row for case in _operations() for row in _rows([case], repeats, launched)]
         if steps:
             cases = [case for model in STEPS for case in _steps(model)]
             rows += _rows(cases, max(2, repeats // STEP_REPEATS), launched)
@@ -82,7 +82,7 @@ def measure(repeats: int = 300, steps: bool = True) -> list[dict]:
 
 
 def _rows(cases: Sequence[tuple[str, Callable, Callable]], repeats: int, launched: list[str]) -> list[dict]:
-    """All take turns, since other work on the machine comes and goes."""
+    """They take turns, since other work on the machine comes and goes."""
     warm = max(2, repeats // 10)
     times: dict[tuple[str, str], list[float]] = {(name, who): [] for name, *_ in cases for who in ("ours", "torch")}
     launches = {}

@@ -52,7 +52,7 @@ LINK_SHARE = Assumption(
 BUCKET = Assumption(25 << 20, "bytes whose all-reduce no backward pass hides: DistributedDataParallel's bucket size")
 BACKWARD_SHARE = Assumption(2 / 3, "of the context encoder's time is its backward pass, as of its FLOPs")
 LAUNCH = Assumption(
-    45e-6,
+    50e-6,
     "seconds of a core for each launch of a step of ours: `python -m benchmarks host` on an AMD EPYC, "
     "steps of three models over their launches by count",
 )
