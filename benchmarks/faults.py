@@ -264,7 +264,7 @@ def nan_loss(bench: Bench, times: int) -> dict[str, Any]:
 def _spoil_losses(steps: frozenset[int]) -> None:
     real = Trainer.train_step
 
-    def spoilt(self: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def spoilt(self: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         nan = float("nan") if self.step in steps else 1.0
         hook = self.forward.register_forward_hook(lambda model, inputs, out: (out[0] * nan, out[1]))
         try:

@@ -208,7 +208,7 @@ class _NoGraphs:
     within = nullcontext
 
     def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        return (lambda: None), (torch.zeros(()), torch.zeros(()))
+        return (lambda: None), (torch.zeros(()), None)
 
 
 @contextmanager

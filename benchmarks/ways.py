@@ -231,7 +231,7 @@ class FastGraphs(Fast):
         loss = self.loss(batch.images, batch.masks_enc, batch.masks_pred, batch.targets)
         self.backward(loss)
         self.update(self.optimizer.momentum)
-        return loss.detach(), loss.detach()
+        return loss.detach(), None
 
 
 class FastRaggedGraphs(FastGraphs):

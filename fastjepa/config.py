@@ -366,6 +366,9 @@ def _check(config: Config, source: str) -> None:
         "runtime.cuda_graphs cannot go with runtime.profile: a graph's launches belong to no part of a step": (
             runtime.cuda_graphs and runtime.profile
         ),
+        "runtime.cuda_graphs cannot go with runtime.attention=xformers, which reads lengths back in each step": (
+            runtime.cuda_graphs and runtime.attention == "xformers"
+        ),
         "runtime.cuda_graphs cannot go with runtime.activation_checkpointing, which reads random state": (
             runtime.cuda_graphs and runtime.activation_checkpointing
         ),

@@ -96,6 +96,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.grad_norm: Tensor | None = None
         self._targets = _by_parameter(self._params(), target_params)
         self._copies = dict(low_precision or {})
+        self._versions = [tensor._version for tensor in self._copies]
         _check_pairs(self._targets, "target")
         _check_pairs(self._copies, "low-precision copy")
         known = {id(t) for pair in self._targets.items() for t in pair} | {id(p) for p in self._params()}
@@ -152,6 +153,15 @@ class AdamWEMA(torch.optim.AdamW):
         if self._tables is not None:
             self._tables.set_hyperparameters(self._hyperparameters(), self.momentum, self.max_grad_norm)
 
+    @property
+    def tables(self) -> object:
+        """What a captured step updates: another one where parameters or their state have become others."""
+        return self._tables
+
+    def copies_are_current(self) -> bool:
+        """Whether nobody has written a parameter since its copy was: a graph that holds a step takes the copies."""
+        return [tensor._version for tensor in self._copies] == self._versions
+
     def note_replay(self) -> None:
         """Let autograd know that a replayed CUDA graph has changed all that its step changes.
 
@@ -164,6 +174,7 @@ class AdamWEMA(torch.optim.AdamW):
     def _note_copies(self) -> None:
         for tensor, copy in self._copies.items():
             set_current(copy, tensor)
+        self._versions = [tensor._version for tensor in self._copies]
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.AdamW.state_dict`, with step numbers on the CPU, where a stock AdamW keeps them."""
@@ -179,7 +190,7 @@ class AdamWEMA(torch.optim.AdamW):
         return packed
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_momentum", "max_grad_norm", "skip_nonfinite", "grad_norm", "_targets", "_copies")
+        own = ("_momentum", "max_grad_norm", "skip_nonfinite", "grad_norm", "_targets", "_copies", "_versions")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -93,6 +93,7 @@ class PredictorLayout:
             known = masks_enc.values.long().index_select(0, source.clamp(min=0))
             patches = torch.where(in_context, known, patches)
         frame = targets.with_values(patches_to, pairing.per_image)
+        frame.spare = masks_pred.spare
         longest = masks_enc.max_length + masks_pred.max_length
         if can_look(offsets) and len(offsets) > 1:
             longest = int(offsets.diff().max())

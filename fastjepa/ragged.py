@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BOUND = 32  # tokens: multiples of it bound the lengths of padded sequences
+
 
 class Ragged:
     """S sequences packed back to back, `per_image` of them for each image.
@@ -19,7 +21,7 @@ class Ragged:
         per_image: sequences an image has, so S = B * per_image and sequence s belongs to image `s // per_image`.
         max_length: length of the longest sequence in tokens, a host int. Worked out here where `offsets` lies on
             the CPU; pass it for offsets on another device, or reading it waits for that device once.
-        spare: images at the end that are padding (see `padded`); B does not count them, S does.
+        spare: images at the end that are padding (see `padded`): S = (B + spare) * per_image.
 
     Raises:
         ValueError: values and offsets that do not fit together (offsets on the CPU are checked; offsets on another
@@ -49,6 +51,8 @@ class Ragged:
             raise ValueError(
                 f"Ragged holds {self.num_sequences} sequences, which per_image={self.per_image} does not divide"
             )
+        if not isinstance(self.spare, int) or not 0 <= self.spare * self.per_image <= self.num_sequences:
+            raise ValueError(f"Ragged holds {self.num_sequences} sequences, of which spare={self.spare!r} cannot be")
         if offsets.device != values.device:
             raise ValueError(f"Ragged values are on {values.device} and its offsets on {offsets.device}")
         if not can_look(offsets):
@@ -120,24 +124,24 @@ class Ragged:
     def padded(self, multiple: int) -> Ragged:
         """Patch indices with one image more, of padding: a multiple of `multiple` tokens, and shapes that come again.
 
-        Its first sequence has as many tokens as lack, all of them patch 0, and its others none; `max_length` is at
-        least `multiple`. Contexts padded so, with targets padded to a multiple of 1, give the same loss and gradients
-        but for the rounding of sums in another order: nothing sees the padding's tokens, and no target reads them.
+        Its first sequence has as many tokens as lack, all of them patch 0, and its others none. `max_length` is rounded
+        up too, unless the multiple is 1. Contexts padded so, with targets padded to a multiple of 1, give the same loss
+        and gradients but for the rounding of sums in another order: nothing sees the padding's tokens, and no target
+        reads them. Tokens that are added to targets would count in the loss as any others.
 
         >>> r = Ragged(torch.tensor([3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)).padded(8)
         >>> r.values.tolist(), r.offsets.tolist(), r.max_length
-        ([3, 4, 9, 0, 0, 0, 0, 0], [0, 2, 3, 8], 8)
+        ([3, 4, 9, 0, 0, 0, 0, 0], [0, 2, 3, 8], 32)
 
         Raises:
             ValueError: a multiple below 1.
         """
         if multiple < 1:
             raise ValueError(f"tokens can be padded to multiples of 1 or more, got {multiple}")
-        total = len(self.values)
-        total += -total % multiple
+        total = rounded(len(self.values), multiple)
         values = F.pad(self.values, (0, total - len(self.values)))
         offsets = F.pad(self.offsets, (0, self.per_image), value=total)
-        longest = max(self.max_length, multiple)
+        longest = padded_length(self.max_length, multiple)
         return Ragged(values, offsets, self.per_image, max_length=longest, spare=self.spare + 1)
 
     def pin_memory(self) -> Ragged:
@@ -217,6 +221,20 @@ def sequence_ids(index: Ragged) -> Tensor:
     """int64 [T]: the sequence that each token belongs to."""
     ids = torch.arange(index.num_sequences, device=index.device)
     return ids.repeat_interleave(index.lengths, output_size=index.values.shape[0])
+
+
+def rounded(count: int, multiple: int) -> int:
+    """The next multiple from `count` on."""
+    return count + -count % multiple
+
+
+def padded_length(max_length: int, multiple: int) -> int:
+    """The bound on the length of sequences that are padded to a multiple: few different ones, and none far too high.
+
+    >>> padded_length(133, 128), padded_length(42, 1)
+    (160, 42)
+    """
+    return max_length if multiple == 1 else rounded(max(max_length, multiple), BOUND)
 
 
 def image_rows(index: Ragged, num_images: int, num_patches: int) -> Tensor:

@@ -458,6 +458,21 @@ def test_a_training_step_in_a_graph():
     assert pairs[0][2].state_dict()["state"][0]["step"].item() == 5.0
 
 
+def test_copies_of_what_others_wrote_are_not_current():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamWEMA([p], low_precision={p: torch.ones(3, dtype=torch.bfloat16)})
+    assert optimizer.copies_are_current()
+    with torch.no_grad():
+        p.mul_(2)
+    assert not optimizer.copies_are_current()
+    optimizer.step()
+    assert optimizer.copies_are_current()
+    with torch.no_grad():
+        p.mul_(2)
+    optimizer.note_replay()
+    assert optimizer.copies_are_current()
+
+
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing():
     params = params_on(torch.device("cuda"))

@@ -92,7 +92,7 @@ def test_attention_sees_repeating_shapes(monkeypatch):
         seen.clear()
         model.loss(images, masks_enc.padded(16), masks_pred.padded(1))
         shapes.append([shape[:2] for shape in seen])
-        assert seen[2][2] == 16, "the bound on the longest context repeats too"
+        assert seen[2][2] == 32, "the bound on the longest context repeats too"
     assert shapes[0] == [(48, 4)] * 2 + [(16, 5)] * 2 + [(44, 9)] * 2
     assert shapes[0] == shapes[1] == shapes[2]
 
@@ -101,7 +101,7 @@ def test_an_image_more():
     masks = Ragged.from_list([torch.tensor([4, 2]), torch.tensor([7])], 2)
     padded = masks.padded(8)
     assert (padded.values.tolist(), padded.offsets.tolist()) == ([4, 2, 7, 0, 0, 0, 0, 0], [0, 2, 3, 8, 8])
-    assert (padded.per_image, padded.spare, padded.max_length) == (2, 1, 8)
+    assert (padded.per_image, padded.spare, padded.max_length) == (2, 1, 32)
     assert (padded.offsets.dtype, padded.values.dtype) == (torch.int32, torch.int64)
     assert padded.to("meta").spare == padded.with_values(padded.values.float()).spare == 1
     assert padded.padded(1).spare == 2
@@ -116,6 +116,20 @@ def test_padding_is_of_no_image():
     assert image_rows(masks.padded(4), 2, 9).tolist() == [4, 2, 16, 0]
     with pytest.raises(ValueError, match="masks of 2 sequences, 1 an image, do not fit 3 images"):
         image_rows(masks.padded(4), 3, 9)
+
+
+@pytest.mark.parametrize("spare", [-1, 3, 1.0])
+def test_padding_that_cannot_be(spare):
+    with pytest.raises(ValueError, match=f"Ragged holds 4 sequences, of which spare={spare} cannot be"):
+        Ragged(torch.arange(4), torch.arange(5, dtype=torch.int32), 2, spare=spare)
+
+
+def test_predictions_say_their_padding():
+    model, images, masks_enc, masks_pred = work()
+    masks_enc, masks_pred = masks_enc.padded(8), masks_pred.padded(1)
+    predicted = model.predict(images, masks_enc, masks_pred)
+    assert isinstance(predicted, Ragged)
+    assert (predicted.spare, len(predicted)) == (1, 8)
 
 
 def test_target_rows():

@@ -73,8 +73,13 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Rows of the target encoder that `padded` rounds up to: as many as four images have."""
+        """`padded` rounds the target encoder's rows up to multiples of it: as many as four images have."""
         return 4 * self.num_patches
+
+    @property
+    def tokens(self) -> int:
+        """`padded` rounds the contexts' tokens up to multiples of it: half an image, about as a context has."""
+        return -(-self.num_patches // 2)
 
     def padded(self) -> Batch:
         """In shapes that come again from step to step, for the same loss: see `Ragged.padded`, `TargetRows.padded`.
@@ -83,7 +88,7 @@ class Batch:
         """
         masks_enc, masks_pred = self.masks_enc, self.masks_pred
         if isinstance(masks_enc, Ragged) and isinstance(masks_pred, Ragged):
-            masks_enc, masks_pred = masks_enc.padded(self.num_patches), masks_pred.padded(1)
+            masks_enc, masks_pred = masks_enc.padded(self.tokens), masks_pred.padded(1)
         return replace(self, masks_enc=masks_enc, masks_pred=masks_pred, targets=self.targets.padded(self.rows))
 
     def tensors(self) -> list[Tensor]:

@@ -62,9 +62,10 @@ def memory(step: Step) -> Memory:
     )
 
 
-def largest(step: Step, batches: Iterable[Batch]) -> Memory:
-    """Of the batch whose step holds most."""
-    return max((memory(replace(step, batch=batch)) for batch in batches), key=lambda found: found.peak)
+def largest(step: Step, batches: Iterable[Batch], graphs: bool = False) -> Memory:
+    """Of the batch whose step holds most. With `graphs` their activations are there beside those of a launched step."""
+    found = max((memory(replace(step, batch=batch)) for batch in batches), key=lambda memory: memory.peak)
+    return replace(found, activations=2 * found.activations) if graphs and step.ours else found
 
 
 def activations(step: Step) -> float:

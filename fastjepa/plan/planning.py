@@ -100,6 +100,11 @@ class Order:
         return self.config.optimization.epochs * (self.images // self.global_batch)
 
     @property
+    def graphs(self) -> bool:
+        """Whether steps come from CUDA graphs, as they can on one GPU."""
+        return self.config.runtime.cuda_graphs and self.gpus == 1
+
+    @property
     def nodes(self) -> int:
         """That hold the GPUs."""
         return -(-self.gpus // self.per_node)
@@ -183,12 +188,12 @@ def _plan(
     row = order.implementation + (f" {'ragged' if ragged else 'truncated'}" if step.ours else "")
     found = parts(step, chip.flops, chip.bandwidth, gpu_fractions(rows, step, row, chip))
     exchange = communication(step, chip, order.gpus, order.per_node, found, order.network)
-    found["launching"] = launching(step, config.runtime.cuda_graphs, found)
+    found["launching"] = launching(step, order.graphs, found)
     seconds = sum(part.seconds for part in found.values()) + exchange.exposed_seconds
     hours = order.steps * seconds / 3600
     flops = sum(flops.total for flops in models.flops.parts(batches.mean.tokens).values()) / batch_size
     rate = batch_size / seconds
-    memory = largest(step, batches.drawn)
+    memory = largest(step, batches.drawn, order.graphs)
     watts, watts_basis = _watts(order, step, row, rows)
     timing = _timing(found, exchange)
     figures = {
@@ -245,7 +250,7 @@ def largest_batch(order: Order, models: Models, ragged: bool) -> int:
     def fits(count: int) -> bool:
         some = min(count, MANY)
         batches = [batch.times(count / some) for batch in draw(order.config, some, ragged, FEWEST).drawn]
-        return largest(Step(models, batches[0], order.implementation), batches).peak <= room
+        return largest(Step(models, batches[0], order.implementation), batches, order.graphs).peak <= room
 
     low, high = 0, 1
     while high <= MOST_IMAGES and fits(high):

@@ -84,9 +84,9 @@ def gpu_fractions(measured: Sequence[Measured], step: Step, row: str, chip: Chip
 
 
 def launching(step: Step, graphs: bool, found: Mapping[str, Part]) -> Part:
-    """What a step's launches take a core beyond the time that the GPU has work for; with `graphs` there is one."""
+    """What a step's launches take a core beyond the time that the GPU has work for; ours can be a graph, and one."""
     computing = sum(part.seconds for part in found.values())
-    if graphs:
+    if graphs and step.ours:
         seconds, basis = 0.0, "counted: a step from a CUDA graph is one launch"
     elif not step.ours or any("measured:" in part.basis for part in found.values()):
         seconds, basis = 0.0, "assumed: within the other parts' efficiencies"

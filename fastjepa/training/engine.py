@@ -95,12 +95,12 @@ class Trainer:
         """uint8 [B, 3, H, W] as the floating images that the models take."""
         return (images.float() / 255 - self._mean) / self._std
 
-    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """One step on this process's batch, which is on the CPU; (loss, target features), nothing read back.
 
-        The loss is this process's part of the mean over every process's target tokens: they add up to it. The features
-        are of whole images on the steps whose features are watched, else of the targets' tokens. Where the loss of any
-        process or the gradient is not finite, nothing is changed but the step's number, which the schedules follow.
+        The loss is this process's part of the mean over every process's target tokens: they add up to it. Features, of
+        whole images, are given on the steps where they are watched. Where the loss of any process or the gradient is
+        not finite, nothing is changed but the step's number, which the schedules follow.
         """
         watched = self.step % self.config.logging.watch_every == 0
         lr, weight_decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
@@ -114,7 +114,7 @@ class Trainer:
         self.step += 1
         return taken
 
-    def _take(self, parts: Sequence[tuple[Batch, float]], watched: bool) -> tuple[Tensor, Tensor]:
+    def _take(self, parts: Sequence[tuple[Batch, float]], watched: bool) -> tuple[Tensor, Tensor | None]:
         """`train_step` on the parts of a batch and their shares, as far as the device goes."""
         losses, features = [], []
         mine = self.ranks.share(sum(len(part.targets.place) for part, _ in parts), self.device)
@@ -128,10 +128,12 @@ class Trainer:
                 # Gradients are averaged over the processes: a loss that is not finite makes those of all of them NaN.
                 (loss * self.ranks.world).backward(1 + 0 * loss.detach())
             losses.append(loss.detach())
-            features.append(seen)
+            if watched:
+                features.append(seen)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return (torch.stack(losses).sum(), torch.cat(features)) if len(losses) > 1 else (losses[0], features[0])
+        loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        return loss, torch.cat(features) if watched else None
 
     def is_finite(self) -> bool:
         """Whether every weight is; where they lie in parts, those of all processes, each of which asks."""
@@ -168,7 +170,7 @@ class Meter:
         self.peak = chip.flops if chip else None
         self.skipped = SkippedSteps(self.trainer.config.runtime.max_skipped)
 
-    def add(self, batch: Batch, loss: Tensor, features: Tensor) -> None:
+    def add(self, batch: Batch, loss: Tensor, features: Tensor | None) -> None:
         """Note the step that was just taken on `batch` (the one on the CPU)."""
         step, schedules = self.trainer.step - 1, self.trainer.schedules
         epoch, itr = divmod(step, self.trainer.steps_per_epoch)
@@ -182,7 +184,7 @@ class Meter:
         norm = self.trainer.optimizer.grad_norm
         assert norm is not None
         self.norms.append(norm.clone())  # the next step's is written over it
-        if step % self.trainer.config.logging.watch_every == 0:
+        if features is not None:
             self.look = self.watch.look(features)
 
     def must_stop(self) -> bool:
@@ -295,6 +297,7 @@ def _train(
         if trainer.step != saved and not checkpoints.takes_all:  # the others may be anywhere
             save(log, trainer, checkpoints, rows[-1]["loss"] if rows else float("nan"), must=True)
     finally:
+        trainer.graphs = None  # which hold the trainer, and memory
         finish(log, checkpoints)
         log.close()
     if meter.stopped:

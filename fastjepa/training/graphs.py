@@ -1,15 +1,16 @@
 """Training steps as CUDA graphs: one call launches a whole step, where a processor launches slower than a GPU runs.
 
 A graph holds the launches of one set of shapes, and reads its input from where that lay at capture. So there is a
-graph for each set of shapes that training meets, few because `Batch.padded` rounds them up, and the masks of a step
-are copied into the input of its graph. Places behind them keep the patches of earlier steps: padding all the same.
+graph for each set of shapes that training meets, few because `Batch.padded` rounds them up, and images and masks of a
+step are copied into the input of its graph. Places behind them keep the patches of earlier steps: padding all the same.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from fastjepa.data import Batch
 from fastjepa.optim import AdamWEMA
-from fastjepa.ragged import Ragged
+from fastjepa.ragged import Ragged, padded_length, rounded
 
 LARGEST = 256  # graphs; steps of further shapes are launched one by one
 
 Part = tuple[Batch, float]
-Result = tuple[Tensor, Tensor]
+Result = tuple[Tensor, Tensor | None]
 
 
 class Recorder(Protocol):
@@ -40,38 +41,68 @@ class Recorder(Protocol):
 class StepGraphs:
     """Takes whole steps, forward to optimizer, from graphs: the numbers of a step that is launched on padded masks.
 
-    The first step of each set of shapes is launched one by one and captured after that. What a step gives is written
-    over by the next one.
+    The first step of each set of shapes is launched, and captured before the next one is taken. Launched are also the
+    steps whose features are watched, and those before which others have written weights. What a step from a graph gives
+    is written over by the next one.
 
     Attributes:
-        take: launches a step on parts of a batch and moves the weights; by whether the features of whole images are
-            wanted. optimizer: of that step.
-        held: input, replay and result, by shapes.
+        take: launches a step on parts of a batch with their shares and moves the weights; (loss, features of whole
+            images where they are watched). optimizer: of that step.
+        held: input, replay and result, by shapes. full: whether no more are made.
     """
 
     def __init__(self, take: Callable[[Sequence[Part], bool], Result], optimizer: AdamWEMA, recorder: Recorder):
         self.take, self.optimizer, self.recorder = take, optimizer, recorder
-        self.held: dict[Hashable, tuple[list[Batch], Callable[[], Any], Result]] = {}
+        self.held: dict[Hashable, tuple[list[Part], Callable[[], Any], Result]] = {}
+        self.full = False
+        self._waiting: tuple[Hashable, list[Part]] | None = None
+        self._images: dict[Hashable, Tensor] = {}  # one for all graphs
+        self._tables: object = None  # of the optimizer, as the graphs hold them
 
     def step(self, parts: Sequence[Part], watched: bool, device: torch.device) -> Result:
         """(loss, features) of a step on these parts of a batch, which lie on the CPU, with their shares."""
         with self.recorder.within():
-            key = watched, *(_shapes(part) for part, _ in parts)
+            self._capture()
+            if self._tables is not self.optimizer.tables:
+                self.held.clear()
+            key = tuple(_shapes(part) for part, _ in parts)
+            if watched or not self.optimizer.copies_are_current():
+                return self.take([(part.padded(), share) for part, share in parts], watched)
             if key in self.held:
                 inputs, replay, result = self.held[key]
-                for ours, (part, _) in zip(inputs, parts, strict=True):
+                for (ours, _), (part, _) in zip(inputs, parts, strict=True):
                     _fill(ours, part)
                 self.optimizer.sync_hyperparameters()
                 replay()
                 self.optimizer.note_replay()
                 return result
-            inputs = [part.padded().to(device) for part, _ in parts]
-            shares = [share for _, share in parts]
-            take = partial(self.take, list(zip(inputs, shares, strict=True)), watched)
-            result = take()
-            if len(self.held) < LARGEST:
-                self.held[key] = inputs, *self.recorder.capture(take)
-            return result
+            inputs = [(self._input(number, part, device), share) for number, (part, share) in enumerate(parts)]
+            if not self.full:
+                self._waiting = key, inputs
+            return self.take(inputs, watched)
+
+    def _capture(self) -> None:
+        """Make the graph of the step before, if that was the first of its shapes."""
+        if self._waiting is None:
+            return
+        (key, inputs), self._waiting = self._waiting, None
+        try:
+            self.held[key] = inputs, *self.recorder.capture(partial(self.take, inputs, False))
+        except torch.OutOfMemoryError as error:
+            self.optimizer.zero_grad(set_to_none=True)  # what was captured of them
+            self.full = True
+            warnings.warn(f"no more than {len(self.held)} CUDA graphs of a step: {error}", stacklevel=4)
+        else:
+            self.full = len(self.held) >= LARGEST
+        self._tables = self.optimizer.tables
+
+    def _input(self, number: int, part: Batch, device: torch.device) -> Batch:
+        """A batch in memory of our own that holds `part`, padded."""
+        name = number, part.images.shape, part.images.dtype
+        if name not in self._images:
+            self._images[name] = torch.empty_like(part.images, device=device)
+        self._images[name].copy_(part.images, non_blocking=True)
+        return replace(part.padded(), images=self._images[name]).to(device)
 
 
 @dataclass
@@ -88,9 +119,11 @@ class CudaRecorder:
         """On our stream, behind what was launched before and before what is launched afterwards."""
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            yield
-        outside.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            outside.wait_stream(self.stream)
 
     def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], Any], Result]:
         """Nothing runs meanwhile; other threads, such as the loader's that pins memory, go on."""
@@ -102,17 +135,13 @@ class CudaRecorder:
 
 def _shapes(part: Batch) -> Hashable:
     """What tells one graph from another: all that is known on the host of `part.padded()`, without making it."""
-    found: list[Hashable] = [part.images.shape, len(part.targets.place), _rounded(len(part.targets.kept), part.rows)]
-    for masks, multiple in ((part.masks_enc, part.num_patches), (part.masks_pred, 1)):
+    found: list[Hashable] = [part.images.shape, len(part.targets.place), rounded(len(part.targets.kept), part.rows)]
+    for masks, multiple in ((part.masks_enc, part.tokens), (part.masks_pred, 1)):
         if isinstance(masks, Ragged):
-            found += [_rounded(len(masks.values), multiple), len(masks), max(masks.max_length, multiple)]
+            found += [rounded(len(masks.values), multiple), len(masks), padded_length(masks.max_length, multiple)]
         else:
             found += [mask.shape for mask in masks]
     return tuple(found)
-
-
-def _rounded(count: int, multiple: int) -> int:
-    return count + -count % multiple
 
 
 def _fill(inputs: Batch, part: Batch) -> None:

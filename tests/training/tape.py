@@ -32,6 +32,7 @@ class Tape(TorchDispatchMode):
         self._played: list[Callable[[], None]] = []
         self._is_taping = False
         self.names: list[str] = []
+        self.replays = 0
 
     def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """As `Recorder.capture`."""
@@ -44,6 +45,7 @@ class Tape(TorchDispatchMode):
                 tensor.copy_(value)
 
         def replay() -> None:
+            self.replays += 1
             with torch.no_grad():
                 for play in played:
                     play()

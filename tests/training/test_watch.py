@@ -47,10 +47,12 @@ def test_whole_images_are_encoded_on_watched_steps_alone(tmp_path):
     config = tiny_config(pictures, tmp_path / "run", mask={"ragged": True}, logging={"watch_every": 2})
     batches, _ = engine.prepare_data(config)
     trainer = engine.Trainer(config, batches.steps_per_epoch)
-    batch = batches[0]
-    shapes = [list(trainer.train_step(batch)[1].shape) for _ in range(4)]
-    assert shapes == [[4, 64, 48], [len(batch.targets.kept), 48]] * 2
+    batch, encoded = batches[0], []
+    trainer.model.target_encoder.register_forward_hook(lambda module, inputs, out: encoded.append(list(out.shape)))
+    given = [trainer.train_step(batch)[1] for _ in range(4)]
+    assert encoded == [[4, 64, 48], [len(batch.targets.kept), 48]] * 2
     assert len(batch.targets.kept) < 4 * 64
+    assert [None if features is None else list(features.shape) for features in given] == [[4, 64, 48], None] * 2
 
 
 def test_a_loss_that_leaps_is_said_once():
