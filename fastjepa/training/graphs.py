@@ -62,12 +62,11 @@ class StepGraphs:
     def step(self, parts: Sequence[Part], watched: bool, device: torch.device) -> Result:
         """(loss, features) of a step on these parts of a batch, which lie on the CPU, with their shares."""
         with self.recorder.within():
+            self._follow()
             self._capture()
-            if self._tables is not self.optimizer.tables:
-                self.held.clear()
             key = tuple(_shapes(part) for part, _ in parts)
             if watched or not self.optimizer.copies_are_current():
-                return self.take([(part.padded(), share) for part, share in parts], watched)
+                return self._launch([(part.padded(), share) for part, share in parts], watched)
             if key in self.held:
                 inputs, replay, result = self.held[key]
                 for (ours, _), (part, _) in zip(inputs, parts, strict=True):
@@ -77,9 +76,21 @@ class StepGraphs:
                 self.optimizer.note_replay()
                 return result
             inputs = [(self._input(number, part, device), share) for number, (part, share) in enumerate(parts)]
+            taken = self._launch(inputs, watched)
             if not self.full:
                 self._waiting = key, inputs
-            return self.take(inputs, watched)
+            return taken
+
+    def _launch(self, parts: Sequence[Part], watched: bool) -> Result:
+        taken = self.take(parts, watched)
+        self._follow()
+        return taken
+
+    def _follow(self) -> None:
+        """Forget graphs that would update what the optimizer does not any more."""
+        if self._tables is not self.optimizer.tables:
+            self.held.clear()
+            self._waiting, self._tables = None, self.optimizer.tables
 
     def _capture(self) -> None:
         """Make the graph of the step before, if that was the first of its shapes."""
@@ -94,7 +105,6 @@ class StepGraphs:
             warnings.warn(f"no more than {len(self.held)} CUDA graphs of a step: {error}", stacklevel=4)
         else:
             self.full = len(self.held) >= LARGEST
-        self._tables = self.optimizer.tables
 
     def _input(self, number: int, part: Batch, device: torch.device) -> Batch:
         """A batch in memory of our own that holds `part`, padded."""

@@ -195,12 +195,16 @@ def test_weights_that_others_wrote_are_not_left_out(counted, monkeypatch):
 
 
 def test_graphs_of_another_state_are_forgotten(counted):
-    held, nothing, one, _ = counted
+    held, nothing, one, other = counted
     held.optimizer._tables = Mock()
     steps(held, one, one)
     held.optimizer._tables = Mock()  # as after load_state_dict
     steps(held, one, one)
     assert (len(nothing.launched), nothing.replayed) == (2, 2)
+    steps(held, other)
+    held.optimizer._tables = Mock()
+    steps(held, other, other)
+    assert (len(nothing.launched), nothing.replayed) == (4, 3), "the first of them was not captured any more"
 
 
 LENGTHS = st.lists(st.integers(0, 36), min_size=2, max_size=2)
