@@ -75,6 +75,11 @@ def test_small_models_wait_for_their_launches_unless_they_come_from_graphs():
     assert 1e-3 * 20 < launched["seconds_per_step"] == pytest.approx((145 + 34 * 12 + 26 * 4) * 50e-6)
     assert parts["launching"]["seconds"] > 0 == graphs["parts"]["launching"]["seconds"]
     assert graphs["seconds_per_step"] == pytest.approx(launched["seconds_per_step"] - parts["launching"]["seconds"])
+    more = graphs["memory"]["activations"] - launched["memory"]["activations"]
+    assert more == launched["memory"]["activations"]
+    assert graphs["peak_memory_bytes"] == launched["peak_memory_bytes"] + more
+    several = plan(replace(order, gpus=2, config=replace(config, runtime=replace(config.runtime, cuda_graphs=True))))
+    assert several["parts"]["launching"]["seconds"] > 0, "graphs are for one GPU"
     assert "657 launches" in launched["basis"]["parts.launching"]
     assert "one launch" in graphs["basis"]["parts.launching"]
 
