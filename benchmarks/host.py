@@ -65,7 +65,7 @@ def faults(rows: list[dict], arguments: argparse.Namespace) -> list[str]:
     return []
 
 
-def measure(repeats: int = 300, steps: bool = True) -> list[dict]:
+def measure(repeats: int = 300) -> list[dict]:
     """A row for each operation: microseconds a call, ours and PyTorch's in turn, and the kernels that ours launches.
 
     Raises:
@@ -75,9 +75,8 @@ def measure(repeats: int = 300, steps: bool = True) -> list[dict]:
         raise ValueError("kernels are interpreted here, not launched: unset TRITON_INTERPRET")
     with nothing_runs() as launched:
         rows = [row for case in _operations() for row in _rows([case], repeats, launched)]
-        if steps:
-            cases = [case for model in STEPS for case in _steps(model)]
-            rows += _rows(cases, max(2, repeats // STEP_REPEATS), launched)
+        steps = [step for model in STEPS for step in _steps(model)]
+        rows += _rows(steps, max(2, repeats // STEP_REPEATS), launched)
     return rows
 
 
