@@ -209,6 +209,9 @@ class _NoGraphs:
     def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         return (lambda: None), (torch.zeros(()), None)
 
+    def forget(self) -> None:
+        pass
+
 
 @contextmanager
 def nothing_runs() -> Iterator[list[str]]:

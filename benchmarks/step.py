@@ -268,7 +268,7 @@ def errors(work: Work, way: Way, exact: tuple[float, list[Tensor]]) -> dict[str,
 def replay_error(work: Work, way: FastGraphs) -> float:
     """How far the loss of a way's third step, from a graph, is from that of the same way launched, relative.
 
-    The first step of its shapes is launched, the second after its capture; weights are moved by all of them.
+    The first step of its shapes is launched and captured; weights are moved by all of them.
     """
     other = FASTS[way.name.removesuffix(GRAPHS)](work.model(), work.bf16)
     losses = []

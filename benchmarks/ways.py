@@ -224,7 +224,9 @@ class FastGraphs(Fast):
         masks_enc, masks_pred, targets = inputs
         patches = self.model.encoder.patch_embed.num_patches
         batch = Batch(images, masks_enc, masks_pred, targets, torch.empty(0), patches)
-        return self.graphs.step([(batch, 1.0)], False, self.device)[0]
+        loss, _ = self.graphs.step([(batch, 1.0)], False, self.device)
+        self.graphs.capture()
+        return loss
 
     def _take(self, parts: Sequence[Part], watched: bool) -> Result:
         batch = parts[0][0]

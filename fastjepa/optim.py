@@ -155,7 +155,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     @property
     def tables(self) -> object:
-        """What a captured step updates: another one where parameters or their state have become others."""
+        """What a captured step updates: another one after `load_state_dict`, `add_param_group`, or a step that found
+        parameters or moments elsewhere."""
         return self._tables
 
     def copies_are_current(self) -> bool:

@@ -112,6 +112,8 @@ class Trainer:
         parts = batch.parts(self.config.runtime.accumulate)
         taken = self._take(parts, watched) if self.graphs is None else self.graphs.step(parts, watched, self.device)
         self.step += 1
+        if self.graphs is not None:
+            self.graphs.capture()
         return taken
 
     def _take(self, parts: Sequence[tuple[Batch, float]], watched: bool) -> tuple[Tensor, Tensor | None]:

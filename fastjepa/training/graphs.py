@@ -37,25 +37,28 @@ class Recorder(Protocol):
         """(what runs the launches of `take` again, its result, which that writes anew)."""
         ...
 
+    def forget(self) -> None:
+        """All graphs are gone."""
+
 
 class StepGraphs:
     """Takes whole steps, forward to optimizer, from graphs: the numbers of a step that is launched on padded masks.
 
-    The first step of each set of shapes is launched, and captured before the next one is taken. Launched are also the
-    steps whose features are watched, and those before which others have written weights. What a step from a graph gives
-    is written over by the next one.
+    The first step of each set of shapes is launched, and `capture` makes its graph. Launched are also the steps whose
+    features are watched, and those before which others have written weights. What a step from a graph gives is written
+    over by the next one. Where memory does not suffice, graphs are given up, which is said.
 
     Attributes:
         take: launches a step on parts of a batch with their shares and moves the weights; (loss, features of whole
             images where they are watched). optimizer: of that step.
-        held: input, replay and result, by shapes. full: whether no more are made.
+        held: input, replay and result, by shapes. given_up: whether no more are made.
     """
 
     def __init__(self, take: Callable[[Sequence[Part], bool], Result], optimizer: AdamWEMA, recorder: Recorder):
         self.take, self.optimizer, self.recorder = take, optimizer, recorder
         self.held: dict[Hashable, tuple[list[Part], Callable[[], Any], Result]] = {}
-        self.full = False
-        self._waiting: tuple[Hashable, list[Part]] | None = None
+        self.given_up = False
+        self._first: tuple[Hashable, list[Part]] | None = None  # of its shapes: the step just taken
         self._images: dict[Hashable, Tensor] = {}  # one for all graphs
         self._tables: object = None  # of the optimizer, as the graphs hold them
 
@@ -63,7 +66,6 @@ class StepGraphs:
         """(loss, features) of a step on these parts of a batch, which lie on the CPU, with their shares."""
         with self.recorder.within():
             self._follow()
-            self._capture()
             key = tuple(_shapes(part) for part, _ in parts)
             if watched or not self.optimizer.copies_are_current():
                 return self._launch([(part.padded(), share) for part, share in parts], watched)
@@ -77,34 +79,54 @@ class StepGraphs:
                 return result
             inputs = [(self._input(number, part, device), share) for number, (part, share) in enumerate(parts)]
             taken = self._launch(inputs, watched)
-            if not self.full:
-                self._waiting = key, inputs
+            if not self.given_up and len(self.held) < LARGEST:
+                self._first = key, inputs
             return taken
 
+    def capture(self) -> None:
+        """Make the graph of the step just taken, if it was the first of its shapes: before anything else happens.
+
+        Nothing runs, so whoever is interrupted here has taken the step.
+        """
+        if self._first is None:
+            return
+        (key, inputs), self._first = self._first, None
+        try:
+            with self.recorder.within():
+                self.held[key] = inputs, *self.recorder.capture(partial(self.take, inputs, False))
+        except torch.OutOfMemoryError as error:
+            self._give_up(error)
+
     def _launch(self, parts: Sequence[Part], watched: bool) -> Result:
-        taken = self.take(parts, watched)
+        try:
+            taken = self.take(parts, watched)
+        except torch.OutOfMemoryError as error:
+            if not self.held:
+                raise
+            self._give_up(error)
+            taken = None
+        if taken is None:  # by now the error has let go of what the step had made
+            taken = self.take(parts, watched)
         self._follow()
         return taken
+
+    def _give_up(self, error: torch.OutOfMemoryError) -> None:
+        """Go on without graphs, from before the step that found no memory."""
+        warnings.warn(f"steps are launched from here on, without {len(self.held)} CUDA graphs: {error}", stacklevel=5)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.given_up = True
+        self._forget()
 
     def _follow(self) -> None:
         """Forget graphs that would update what the optimizer does not any more."""
         if self._tables is not self.optimizer.tables:
-            self.held.clear()
-            self._waiting, self._tables = None, self.optimizer.tables
+            self._forget()
+            self._tables = self.optimizer.tables
 
-    def _capture(self) -> None:
-        """Make the graph of the step before, if that was the first of its shapes."""
-        if self._waiting is None:
-            return
-        (key, inputs), self._waiting = self._waiting, None
-        try:
-            self.held[key] = inputs, *self.recorder.capture(partial(self.take, inputs, False))
-        except torch.OutOfMemoryError as error:
-            self.optimizer.zero_grad(set_to_none=True)  # what was captured of them
-            self.full = True
-            warnings.warn(f"no more than {len(self.held)} CUDA graphs of a step: {error}", stacklevel=4)
-        else:
-            self.full = len(self.held) >= LARGEST
+    def _forget(self) -> None:
+        self.held.clear()
+        self._first = None
+        self.recorder.forget()
 
     def _input(self, number: int, part: Batch, device: torch.device) -> Batch:
         """A batch in memory of our own that holds `part`, padded."""
@@ -141,6 +163,11 @@ class CudaRecorder:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = take()
         return graph.replay, result
+
+    def forget(self) -> None:
+        """What graphs held is free for others, and graphs that come have a pool of their own."""
+        self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
 
 def _shapes(part: Batch) -> Hashable:

@@ -52,6 +52,9 @@ class Tape(TorchDispatchMode):
 
         return replay, result
 
+    def forget(self) -> None:
+        """As `Recorder.forget`."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         made = func(*args, **kwargs)

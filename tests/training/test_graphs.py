@@ -80,6 +80,7 @@ def test_the_numbers_of_launches_one_by_one(pictures, tmp_path, ragged, accumula
         assert all(torch.equal(a, b) for a, b in pairs), f"step {step}"
     assert len(ours.graphs.held) == 2
     assert tape.replays == 3  # of steps 2, 3 and 6: 0 and 5 are watched, 1 and 4 the first of their shapes
+    assert ours.optimizer.copies_are_current()
     for a, b in zip(state(ours), state(theirs), strict=True):
         assert torch.equal(a, b)
     steps = {kept["step"].item() for kept in ours.optimizer.state_dict()["state"].values()}
@@ -106,6 +107,9 @@ class Launched:
     def step(self, parts, watched, device):
         return self.trainer._take([(part.padded(), share) for part, share in parts], watched)
 
+    def capture(self):
+        pass
+
 
 @NEEDS_KERNELS
 def test_a_replay_is_known_to_whoever_keeps_something_of_a_parameter(pictures, tmp_path):
@@ -122,25 +126,34 @@ def test_a_replay_is_known_to_whoever_keeps_something_of_a_parameter(pictures, t
 
 
 class Nothing:
-    """A recorder of graphs that do nothing, for steps that do nothing but to be counted; `error` is raised by it."""
+    """A recorder of graphs that do nothing, for steps that are counted alone; `error` is raised once."""
 
     within = nullcontext
 
     def __init__(self):
-        self.launched, self.replayed, self.error = [], 0, None
+        self.launched, self.replayed, self.forgotten = [], 0, 0
+        self.error = {"take": None, "capture": None}
 
     def take(self, parts, watched):
+        self._fail("take")
         self.launched.append(watched)
         return torch.zeros(()), None
 
     def capture(self, take):
-        if self.error:
-            raise self.error
+        self._fail("capture")
 
         def replay():
             self.replayed += 1
 
         return replay, (torch.zeros(()), None)
+
+    def forget(self):
+        self.forgotten += 1
+
+    def _fail(self, what):
+        error, self.error[what] = self.error[what], None
+        if error:
+            raise error
 
 
 @pytest.fixture
@@ -156,6 +169,7 @@ def counted(pictures, tmp_path):
 def steps(held, *batches, watched=False):
     for batch in batches:
         held.step(owned(batch).parts(1), watched, torch.device("cpu"))
+        held.capture()
 
 
 def test_what_is_launched_and_what_is_not(counted):
@@ -174,15 +188,26 @@ def test_no_more_graphs_than_the_most(counted, monkeypatch):
     assert (len(nothing.launched), nothing.replayed, len(held.held)) == (3, 1, 1)
 
 
-def test_a_graph_that_finds_no_memory_is_done_without(counted):
+@pytest.mark.parametrize("where", ["take", "capture"])
+def test_where_there_is_no_memory_steps_are_launched(counted, where):
     held, nothing, one, other = counted
     steps(held, one, one)
-    nothing.error = torch.OutOfMemoryError("CUDA out of memory")
-    steps(held, other)
-    with pytest.warns(UserWarning, match="no more than 1 CUDA graphs of a step: CUDA out of memory"):
+    parameter = held.optimizer.param_groups[0]["params"][1]
+    parameter.grad = torch.ones_like(parameter)  # as far as that step had come
+    nothing.error[where] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.warns(UserWarning, match="launched from here on, without 1 CUDA graphs: CUDA out of memory"):
         steps(held, other)
+    assert parameter.grad is None
+    assert nothing.forgotten == 1
     steps(held, other, one)
-    assert (len(nothing.launched), nothing.replayed) == (4, 2)
+    assert (len(nothing.launched), nothing.replayed) == (4, 1), "each step was taken once"
+
+
+def test_without_graphs_a_lack_of_memory_is_an_error(counted):
+    held, nothing, one, _ = counted
+    nothing.error["take"] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(held, one)
 
 
 def test_weights_that_others_wrote_are_not_left_out(counted, monkeypatch):
@@ -195,16 +220,12 @@ def test_weights_that_others_wrote_are_not_left_out(counted, monkeypatch):
 
 
 def test_graphs_of_another_state_are_forgotten(counted):
-    held, nothing, one, other = counted
+    held, nothing, one, _ = counted
     held.optimizer._tables = Mock()
     steps(held, one, one)
     held.optimizer._tables = Mock()  # as after load_state_dict
     steps(held, one, one)
     assert (len(nothing.launched), nothing.replayed) == (2, 2)
-    steps(held, other)
-    held.optimizer._tables = Mock()
-    steps(held, other, other)
-    assert (len(nothing.launched), nothing.replayed) == (4, 3), "the first of them was not captured any more"
 
 
 LENGTHS = st.lists(st.integers(0, 36), min_size=2, max_size=2)
