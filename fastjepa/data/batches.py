@@ -72,12 +72,12 @@ class Batch:
         )
 
     @property
-    def rows(self) -> int:
+    def row_multiple(self) -> int:
         """`padded` rounds the target encoder's rows up to multiples of it: as many as four images have."""
         return 4 * self.num_patches
 
     @property
-    def tokens(self) -> int:
+    def token_multiple(self) -> int:
         """`padded` rounds the contexts' tokens up to multiples of it: half an image, about as a context has."""
         return -(-self.num_patches // 2)
 
@@ -88,8 +88,8 @@ class Batch:
         """
         masks_enc, masks_pred = self.masks_enc, self.masks_pred
         if isinstance(masks_enc, Ragged) and isinstance(masks_pred, Ragged):
-            masks_enc, masks_pred = masks_enc.padded(self.tokens), masks_pred.padded(1)
-        return replace(self, masks_enc=masks_enc, masks_pred=masks_pred, targets=self.targets.padded(self.rows))
+            masks_enc, masks_pred = masks_enc.padded(self.token_multiple), masks_pred.padded(1)
+        return replace(self, masks_enc=masks_enc, masks_pred=masks_pred, targets=self.targets.padded(self.row_multiple))
 
     def tensors(self) -> list[Tensor]:
         """What a step reads: images, masks, then the targets' rows."""

@@ -216,7 +216,6 @@ def _plan(
         "communication": {key: value for key, value in asdict(exchange).items() if key != "basis"},
         "parts": {name: asdict(part) for name, part in found.items()},
     }
-    figures["parts"]["launching"]["efficiency"] = None
     figures["parts"]["communication"] = _as_part(exchange)
     figures["cost"] = _cost(order, figures["gpu_hours"], figures["energy_kwh"])
     figures["input"], input_basis = _input(order, rate, per_core)

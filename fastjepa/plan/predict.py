@@ -14,12 +14,12 @@ from fastjepa.plan.measured import Measured, fitted, unlikeness
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step on one GPU. `efficiency`: floor over seconds; floor: at the whole of the roof."""
+    """One part of a step on one GPU. `efficiency`: floor over seconds, if it has one; floor: at the whole of the roof."""
 
     flops: float
     bytes: float
     floor_seconds: float
-    efficiency: float
+    efficiency: float | None
     seconds: float
     basis: str
 
@@ -94,7 +94,7 @@ def launching(step: Step, graphs: bool, found: Mapping[str, Part]) -> Part:
         seconds = max(0.0, step.launches * assumed.LAUNCH.value - computing)
         each = f"{1e6 * assumed.LAUNCH.value:.0f} us of a core each (the host suite, on an AMD EPYC)"
         basis = f"counted: {step.launches} launches; assumed: {each}, while the GPU runs those before"
-    return Part(0.0, 0.0, 0.0, 1.0, seconds, basis)
+    return Part(0.0, 0.0, 0.0, None, seconds, basis)
 
 
 def communication(

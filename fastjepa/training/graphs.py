@@ -172,8 +172,12 @@ class CudaRecorder:
 
 def _shapes(part: Batch) -> Hashable:
     """What tells one graph from another: all that is known on the host of `part.padded()`, without making it."""
-    found: list[Hashable] = [part.images.shape, len(part.targets.place), rounded(len(part.targets.kept), part.rows)]
-    for masks, multiple in ((part.masks_enc, part.tokens), (part.masks_pred, 1)):
+    found: list[Hashable] = [
+        part.images.shape,
+        len(part.targets.place),
+        rounded(len(part.targets.kept), part.row_multiple),
+    ]
+    for masks, multiple in ((part.masks_enc, part.token_multiple), (part.masks_pred, 1)):
         if isinstance(masks, Ragged):
             found += [rounded(len(masks.values), multiple), len(masks), padded_length(masks.max_length, multiple)]
         else:

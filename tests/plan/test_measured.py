@@ -147,6 +147,7 @@ def test_the_same_chip_comes_before_another_and_a_processor_never(tmp_path: Path
     assert "carried over to h200" in carried["basis"]["mfu"]
     assumed = planned(ORDER, tmp_path, processor)
     assert assumed == planned(ORDER, tmp_path)
+    assert "assumed: ours, none of which was timed on a GPU" in assumed["basis"]["hours"]
     assert "measured: " not in assumed["basis"]["hours"]
     assert "processor" not in json.dumps(assumed)
 

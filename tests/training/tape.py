@@ -37,7 +37,8 @@ class Tape(TorchDispatchMode):
     def capture(self, take: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """As `Recorder.capture`."""
         before = [tensor.detach().clone() for tensor in self.held()]
-        self._played, self.names = played, _ = [], []
+        played: list[Callable[[], None]] = []
+        self._played, self.names = played, []
         with self._launches(), _capturing(), self:
             result = take()
         with torch.no_grad():
