@@ -14,7 +14,7 @@ from fastjepa.plan.measured import Measured, fitted, unlikeness
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step on one GPU. `efficiency`: floor over seconds, if it has one; floor: at the whole of the roof."""
+    """One part of a step on one GPU. `efficiency`: floor over seconds, if there is one; floor: at the whole roof."""
 
     flops: float
     bytes: float
