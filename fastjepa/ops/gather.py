@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, scatter_rows_ref
 from fastjepa.ops import library
-from fastjepa.ops.checks import check_range, check_same, check_tensors
+from fastjepa.ops.checks import check_offsets, check_range, check_same, check_tensors
 from fastjepa.ragged import Ragged, image_rows, sequence_ids
 
 
@@ -23,8 +23,8 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None, *, 
         `Ragged` of tokens [T, D] in x's dtype with the offsets of `index`.
 
     Raises:
-        ValueError: shapes or dtypes other than these, sequences that do not fit B images, or an index out of range
-            (looked for on the CPU; on CUDA, where it waits for the device, only with `check`).
+        ValueError: shapes or dtypes other than these, sequences that do not fit B images, or an index out of range or
+            offsets that are none (looked for on the CPU; on CUDA, where it waits for the device, only with `check`).
 
     >>> x = torch.arange(6.0).view(1, 3, 2)
     >>> gather_tokens(x, Ragged.from_list([torch.tensor([2, 0])])).values.tolist()
@@ -32,7 +32,7 @@ def gather_tokens(x: Tensor, index: Ragged, pos_embed: Tensor | None = None, *, 
     """
     if x.dim() != 3:
         raise ValueError(f"x must be [B, N, D], got {list(x.shape)}")
-    _check_index(index)
+    _check_index(index, check)
     batch, patches, width = x.shape
     if pos_embed is not None and pos_embed.shape != (patches, width):
         raise ValueError(f"pos_embed must be [N, D] = [{patches}, {width}], got {list(pos_embed.shape)}")
@@ -55,7 +55,7 @@ def scatter_tokens(tokens: Ragged, index: Ragged, num_tokens: int, *, check: boo
         ValueError: tokens and index of different totals or (looked for as in `gather_tokens`) sequences, other shapes
             and dtypes, or as `gather_tokens` an index.
     """
-    _check_index(index)
+    _check_index(index, check)
     if not isinstance(num_tokens, int | torch.SymInt) or num_tokens < 0:
         raise ValueError(f"num_tokens must be a whole number of at least 0, got {num_tokens!r}")
     if tokens.values.dim() != 2 or tokens.values.shape[0] != index.values.shape[0]:
@@ -137,8 +137,10 @@ def _gather(x: Tensor, rows: Tensor, pos_embed: Tensor | None, unique: bool = Fa
     return gather_rows_ref(x, rows, pos_embed)
 
 
-def _check_index(index: Ragged) -> None:
+def _check_index(index: Ragged, asked: bool) -> None:
     if index.values.dim() != 1 or index.values.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"index must hold int32 or int64 patch indices [T], got {index.values.dtype} {list(index.values.shape)}"
         )
+    if asked:
+        check_offsets(index.offsets, len(index.values), len(index.values), asked)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastjepa.kernels.reference import jepa_loss_ref
 from fastjepa.ops import library
-from fastjepa.ops.checks import check_range, check_tensors
+from fastjepa.ops.checks import check_offsets, check_range, check_tensors
 from fastjepa.pairing import Pairing, TargetRows, select_sequences
 from fastjepa.ragged import Ragged, image_rows, masks_to_ragged
 
@@ -36,7 +36,7 @@ def jepa_loss(
 
     Raises:
         ValueError: masks that name no patch, a prediction that does not fit them, targets of other masks or features,
-            tensors on several devices, or as `gather_tokens` an index.
+            tensors on several devices, or as `gather_tokens` an index or offsets.
 
     Source: section 3 of Assran et al. 2023 (arXiv 2301.08243); the layer norm (eps 1e-5, no affine) and smooth-L1 are
     those of the published training code.
@@ -58,6 +58,8 @@ def jepa_loss(
         raise ValueError("masks_pred names no patch, so there is nothing to take a mean of")
     if flat.shape[1] != width or not flat.shape[0] or flat.shape[0] % tokens:
         raise ValueError(f"prediction {list(values.shape)} does not fit {tokens} target tokens of width {width}")
+    if check:
+        check_offsets(masks.offsets, tokens, tokens, check)
     if targets is None:
         patches = target_features.shape[1]
         check_range("masks_pred", masks.values, 0, patches - 1, check)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastjepa
-from fastjepa import Ragged, kernels, ops
+from fastjepa import Ragged, kernels, ops, ragged
 from fastjepa.ops.checks import check_range
 from fastjepa.ragged import image_rows, sequence_ids
 
@@ -399,3 +399,19 @@ def test_programs_are_numbered_in_64_bits():
         "grad_norm.py: tl.store(partials_ptr + tl.program_id(0), tl.sum(acc) + tl.sum(rest))",
         "rows.py: cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)",
     ]
+
+
+@pytest.mark.parametrize("offsets", [[0, 7, 4, 6], [0, 2, 4, 5], [1, 2, 4, 6], [0, 9, 9, 9]])
+def test_offsets_that_lie_on_a_device_are_found_where_asked_for(offsets, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ragged, "can_look", lambda tensor: False)  # as on CUDA
+    index = Ragged(torch.zeros(6, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int32))
+    tokens = index.with_values(torch.randn(6, 4))
+    x = torch.randn(3, 2, 4)
+    calls = (
+        lambda check: ops.gather_tokens(x, index, check=check),
+        lambda check: ops.scatter_tokens(tokens, index, 2, check=check),
+        lambda check: ops.jepa_loss(tokens, x, index, check=check),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="offsets must run from 0 to the 6 tokens"):
+            call(True)
