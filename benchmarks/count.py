@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counter import KINDS, Counter, CudaAutocast, Event, kernel_path
+from benchmarks.counter import KINDS, Counter, CudaAutocast, Event, Held, kernel_path
 from benchmarks.inductor import scheduled
 from benchmarks.laps import PARTS, Laps, _borders
 from benchmarks.step import MOMENTUM, Work, build
@@ -125,8 +125,37 @@ def count(work: Work, name: str) -> dict[str, list[Event]]:
     return _count_eager(work, name, masks)
 
 
+def peak_bytes(work: Work, name: str) -> int | None:
+    """What that step holds at most: parameters, optimizer state, images and all that it makes; None of the compiled one.
+
+    The allocator's gaps are not in it, nor what an operator of PyTorch makes within itself.
+    """
+    if name == "compiled":
+        return None
+    way, counter, loss, images = _on_meta(work, name, work.masks(work.batch, 0, ragged=name == "fastjepa ragged"))
+    with kernel_path(counter), counter:
+        _step(way, counter, loss)
+        with Held([images, *way.tensors()]) as held:
+            _step(way, counter, loss)
+    return held.most
+
+
 def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str, list[Event]]:
-    """On the meta device, which has no values: lengths are given, and whatever is read back is 0."""
+    way, counter, loss, _ = _on_meta(work, name, masks)
+    with kernel_path(counter), counter:
+        for _ in range(2):
+            counter.clear()
+            _step(way, counter, loss)
+    return dict(counter.events)
+
+
+def _on_meta(
+    work: Work, name: str, masks: tuple[Masks, Masks]
+) -> tuple[Way, Counter, Callable[[], Tensor], Tensor]:
+    """(way, counter, its loss, images) on the meta device.
+
+    That has no values: lengths are given, and whatever is read back is 0.
+    """
     way = build(replace(work, device=META, bf16=False), name)
     if isinstance(way, Eager):  # what it is on a GPU, and the meta device is none
         way.scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -143,11 +172,7 @@ def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str,
         with CudaAutocast():
             return way.objective(images, *inputs)
 
-    with kernel_path(counter), counter:
-        for _ in range(2):
-            counter.clear()
-            _step(way, counter, loss)
-    return dict(counter.events)
+    return way, counter, loss, images
 
 
 def _count_compiled(work: Work, masks: tuple[Masks, Masks]) -> dict[str, list[Event]]:
@@ -260,6 +285,7 @@ def _row(work: Work, name: str) -> dict[str, Any]:
         "rest_bytes_per_token_layer": {part: moved[part] / tokens[part] for part in TOWERS},
         "allocations": sum(e.allocations for e in events),
         "allocated_bytes": sum(e.allocated for e in events),
+        "peak_bytes": peak_bytes(work, name),
         "syncs": sum(e.syncs for e in events),
         "casts": sum(e.casts for e in events),
         "cast_bytes": sum(e.bytes for e in events if e.casts),
@@ -300,6 +326,7 @@ def _shown(rows: Sequence[dict]) -> list[dict[str, Any]]:
         line |= {f"{part} B/token/layer": round(row["rest_bytes_per_token_layer"][part]) for part in TOWERS}
         line |= {"optimizer GB": row["rest_bytes_by_part"]["optimizer"] / 1e9}
         line |= {"allocations": row["allocations"], "allocated GB": row["allocated_bytes"] / 1e9}
+        line |= {"peak GiB": "" if row["peak_bytes"] is None else row["peak_bytes"] / 2**30}
         shown.append(line | {"syncs": row["syncs"], "casts": row["casts"], "cast GB": row["cast_bytes"] / 1e9})
     return shown
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -189,6 +190,46 @@ class Counter(TorchDispatchMode):
         casts = name in ("_to_copy", "copy_") and len({t.dtype for t in (*inputs[-1:], *outputs)}) > 1
         moved = _moved(name, args, _distinct(inputs), outputs)
         return Event(name, "rest", 1, moved, syncs=int(syncs), casts=int(casts), what=what, **memory)
+
+
+class Held(TorchDispatchMode):
+    """How many bytes of tensors there are at most, on the meta device, as operators and launches make and drop them.
+
+    An allocator's gaps and what an operator makes within itself are not seen. `first` are there from the start.
+
+    >>> with Held([]) as held:
+    ...     x = torch.zeros(10, device="meta")
+    ...     x = x + 1
+    ...     x = x[:5] + 1
+    >>> held.most
+    80
+    """
+
+    def __init__(self, first: Sequence[Tensor]):
+        super().__init__()
+        self._there: dict[int, StorageWeakRef] = {}
+        self._bytes: dict[int, int] = {}
+        self.most = self._held = 0
+        self._note(first)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._note([t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_meta])
+        return result
+
+    def _note(self, tensors: Sequence[Tensor]) -> None:
+        new = False
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self._there:
+                self._there[storage._cdata] = StorageWeakRef(storage)
+                self._bytes[storage._cdata] = storage.nbytes()
+                self._held += storage.nbytes()
+                new = True
+        if new:
+            for place in [place for place, reference in self._there.items() if reference.expired()]:
+                del self._there[place]
+                self._held -= self._bytes.pop(place)
+            self.most = max(self.most, self._held)
 
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.bool: "bool"}

@@ -4,6 +4,8 @@ Saved for backward: x and bias, nothing else; u, cdf and its density pdf are com
 
     dx = dy * (cdf(u) + u * pdf(u)),   dbias = sum_T(dx)
 
+The pass that makes them can write y once more, for whoever did not keep it.
+
 In fp32 cdf is 0.5 * (1 + erf(u / sqrt(2))). In 16 bit that costs more instructions than the memory leaves time for, so
 cdf(-a) is exp(-a^2 / 2) * polynomial(a) for a = |u|, within 1.1e-6 of the exact one; the rounding unit of fp16 is 400
 times that. dbias is summed in fp32, by programs first, then over programs in a fixed order.
@@ -30,9 +32,12 @@ def gelu_fwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
     return tile_config(width, dtype)
 
 
-def gelu_bwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
-    """Two 16-byte accesses of each table to a lane and tile: with four, the registers end on a limit and spill."""
-    return tile_config(width, dtype, vectors=2)
+def gelu_bwd_config(width: int, dtype: torch.dtype, arch: int, again: bool = False) -> LaunchConfig:
+    """Two 16-byte accesses of each table to a lane and tile: with four, the registers end on a limit and spill.
+
+    One where y is made `again`, which for two of fp16 spills two registers on sm80.
+    """
+    return tile_config(width, dtype, vectors=1 if again else 2)
 
 
 @triton.jit
@@ -105,12 +110,14 @@ def _gelu_bwd_kernel(
     x_ptr,  # [T, D]
     bias_ptr,  # [D]
     dx_ptr,  # [T, D]
+    y_ptr,  # [T, D]
     part_ptr,  # [P, D]
     n_rows,
     stride_dy_row,
     stride_x_row,
     D: tl.constexpr,
     EXACT: tl.constexpr,
+    HAS_Y: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,6 +136,8 @@ def _gelu_bwd_kernel(
         u = x.to(tl.float32) + bias[None, :]
         dx = dy.to(tl.float32) * _dgelu(u, EXACT)  # 0 where not kept
         tl.store(dx_ptr + row[:, None] * D + cols[None, :], dx, mask=keep)
+        if HAS_Y:
+            tl.store(y_ptr + row[:, None] * D + cols[None, :], _gelu(u, EXACT), mask=keep)
         dbias += dx
     tl.store(part_ptr + chunk * D + cols, tl.sum(dbias, axis=0), mask=cols < D)
 
@@ -156,10 +165,10 @@ def gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [T, D], dbias [D])."""
+def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(dx [T, D], dbias [D]); y [T, D], contiguous, is given the values of the forward pass again."""
     n_rows, width = x.shape
-    config = gelu_bwd_config(width, x.dtype, arch_of(x.device))
+    config = gelu_bwd_config(width, x.dtype, arch_of(x.device), y is not None)
     dy, x = row_major(dy), row_major(x)
     chunks = cdiv(n_rows, config.block_t * _TILES)
     dx = torch.empty((n_rows, width), dtype=x.dtype, device=x.device)
@@ -170,12 +179,14 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             x_ptr=x,
             bias_ptr=bias,
             dx_ptr=dx,
+            y_ptr=y,
             part_ptr=part,
             n_rows=n_rows,
             stride_dy_row=dy.stride(0),
             stride_x_row=x.stride(0),
             D=width,
             EXACT=x.dtype == torch.float32,
+            HAS_Y=y is not None,
             TILES=_TILES,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
@@ -217,11 +228,13 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return _BiasGelu.apply(x, bias.contiguous())
 
 
-def bias_gelu_cost(tokens: int, width: int, dtype: torch.dtype, backward: bool = False) -> Cost:
-    """Forward: read x, write y. Backward: read x and dy, write dx. The bias is taken to have x's dtype."""
+def bias_gelu_cost(
+    tokens: int, width: int, dtype: torch.dtype, backward: bool = False, again: bool = False
+) -> Cost:
+    """Forward: read x, write y. Backward: read x and dy, write dx, and y `again`. The bias is taken to have x's dtype."""
     table, row = tokens * width * dtype.itemsize, width * dtype.itemsize
     if backward:
-        return Cost(3 * table + 2 * row, 30 * tokens * width, 2)
+        return Cost((4 if again else 3) * table + 2 * row, (35 if again else 30) * tokens * width, 2)
     return Cost(2 * table + row, 25 * tokens * width, 1)
 
 
@@ -236,10 +249,12 @@ def compile_cases(arch: int) -> list[CompileCase]:
             signature = {"x_ptr": rows, "bias_ptr": cols, "y_ptr": rows, "n_rows": "i32", "stride_x_row": "i32"}
             fwd = gelu_fwd_config(width, dtype, arch)
             cases.append(row_case("gelu_fwd", label, _gelu_fwd_kernel, signature, fwd, D=width, EXACT=exact))
-            signature = {"dy_ptr": rows, "x_ptr": rows, "bias_ptr": cols, "dx_ptr": rows, "part_ptr": "*fp32"}
-            signature |= dict.fromkeys(("n_rows", "stride_dy_row", "stride_x_row"), "i32")
-            bwd = gelu_bwd_config(width, dtype, arch)
-            cases.append(
-                row_case("gelu_bwd", label, _gelu_bwd_kernel, signature, bwd, D=width, EXACT=exact, TILES=_TILES)
-            )
+            signature = {"dy_ptr": rows, "x_ptr": rows, "bias_ptr": cols, "dx_ptr": rows, "y_ptr": rows}
+            signature |= {"part_ptr": "*fp32"} | dict.fromkeys(("n_rows", "stride_dy_row", "stride_x_row"), "i32")
+            for again in (False, True):
+                bwd = gelu_bwd_config(width, dtype, arch, again)
+                constexprs = {"D": width, "EXACT": exact, "TILES": _TILES, "HAS_Y": again}
+                constexprs |= {} if again else {"y_ptr": None}
+                name = label + " and y" * again
+                cases.append(row_case("gelu_bwd", name, _gelu_bwd_kernel, signature, bwd, **constexprs))
     return cases

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa import ops
-from fastjepa.nn.linear import Linear
+from fastjepa.nn.linear import Linear, sees_values
 from fastjepa.nn.norm import LayerNorm, add_norm
 from fastjepa.nn.ragged_attention import RaggedAttention
 from fastjepa.ops import library
@@ -27,9 +27,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
-        if library.takes_kernels(x) and not (self.fc1._forward_hooks or self.fc1._forward_pre_hooks):
-            return self.drop(self.fc2(self.drop(ops.bias_gelu(self.fc1.product(x), self.fc1.bias))))
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        fc1, fc2 = self.fc1, self.fc2
+        if not library.takes_kernels(x) or not isinstance(fc1, Linear) or sees_values(fc1):
+            return self.drop(fc2(self.drop(self.act(fc1(x)))))
+        hidden = fc1.product(x)
+        if not isinstance(fc2, Linear) or (self.training and self.drop.p):
+            return self.drop(fc2(self.drop(ops.bias_gelu(hidden, fc1.bias))))
+        return fc2.after_gelu(hidden, fc1.bias)
 
 
 class DropPath(nn.Module):

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastjepa import ops
 from fastjepa.copies import is_current, set_current
+from fastjepa.ops import library
 from fastjepa.ops.fp8 import CAPABILITY
 from fastjepa.ops.rows import linear_dtype
 
@@ -37,14 +38,38 @@ class Linear(nn.Linear):
         """x @ weight^T, for whoever adds the bias."""
         return self._apply_to(x, None)
 
+    def after_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """self(gelu(x + bias)), exact GELU, for x [T, D].
+
+        In training on CUDA its result is not kept: the pass that makes the GELU's gradient makes it again, which is as
+        much as writing it once more. Hooks of this layer are called as ever, and then it is kept.
+        """
+        dtype = linear_dtype(x.device, x.dtype)
+        fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self._trains(x)
+        if not fused or torch.compiler.is_compiling() or sees_values(self):
+            return self(ops.bias_gelu(x, bias))
+        weight16, bias16 = self._in(dtype)
+        return _GeluLinear.apply(x, bias.contiguous(), self.weight, self.bias, weight16, bias16)
+
+    def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in `dtype`, without gradients: the copies where they hold."""
+        copies = self.copies if self.copies is not None and self.copies[0].dtype == dtype else (None, None)
+        weight, bias = (
+            None if p is None else p.detach().to(dtype) if copy is None else _current(copy, p)
+            for p, copy in zip((self.weight, self.bias), copies, strict=True)
+        )
+        assert weight is not None
+        return weight, bias
+
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = linear_dtype(x.device, x.dtype)
         if self.fp8 and dtype == torch.bfloat16 and not self._trains(x) and not torch.compiler.is_compiling():
             return self._in_fp8(x, bias)
         if self.copies is None or self.copies[0].dtype != dtype or torch.compiler.is_compiling():
             return F.linear(x, self.weight, bias)
-        weight16 = _current(self.copies[0], self.weight)
-        bias16 = None if bias is None or self.copies[1] is None else _current(self.copies[1], bias)
+        weight16, bias16 = self._in(dtype)
+        if bias is None:
+            bias16 = None
         x = x.to(dtype)
         if self._trains(x):
             return _CopiedLinear.apply(x, self.weight, bias, weight16, bias16)
@@ -123,6 +148,13 @@ def _current(copy: Tensor, parameter: Tensor) -> Tensor:
     return copy if is_current(copy, parameter) else parameter.detach().to(copy.dtype)
 
 
+def sees_values(module: nn.Module) -> bool:
+    """Whether a hook of a layer is given what goes into it or comes out, forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class _CopiedLinear(torch.autograd.Function):
     """F.linear(x, weight16, bias16), whose gradients are those of weight and bias."""
 
@@ -136,15 +168,41 @@ class _CopiedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight16 = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight16
-        rows = dy.flatten(0, -2)
-        if ctx.needs_input_grad[1]:
-            dw = product(rows.t(), x.flatten(0, -2), ctx.dtype)
-        if ctx.needs_input_grad[2]:
-            db = rows.sum(0, dtype=ctx.dtype)
+        dx = dy @ weight16 if ctx.needs_input_grad[0] else None
+        dw, db = _parameter_gradients(dy, x, ctx.dtype, *ctx.needs_input_grad[1:3])
         return dx, dw, db, None, None
+
+
+class _GeluLinear(torch.autograd.Function):
+    """F.linear(gelu(x + gelu_bias), weight16, bias16), with gradients as above; x is kept, its gelu is not."""
+
+    @staticmethod
+    def forward(ctx, x, gelu_bias, weight, bias, weight16, bias16):
+        from fastjepa.kernels.gelu import gelu_fwd
+
+        ctx.save_for_backward(x, gelu_bias, weight16)
+        ctx.dtype = weight.dtype
+        return F.linear(gelu_fwd(x, gelu_bias), weight16, bias16)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        from fastjepa.kernels.gelu import gelu_bwd
+
+        x, gelu_bias, weight16 = ctx.saved_tensors
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[2] else None
+        dx, dgelu_bias = gelu_bwd(dz @ weight16, x, gelu_bias, y)
+        dw, db = _parameter_gradients(dz, y, ctx.dtype, *ctx.needs_input_grad[2:4])
+        return dx, dgelu_bias, dw, db, None, None
+
+
+def _parameter_gradients(
+    dy: Tensor, x: Tensor | None, dtype: torch.dtype, of_weight: bool, of_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of weight and bias that are asked for."""
+    rows = dy.flatten(0, -2)
+    dw = product(rows.t(), x.flatten(0, -2), dtype) if of_weight and x is not None else None
+    return dw, rows.sum(0, dtype=dtype) if of_bias else None
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

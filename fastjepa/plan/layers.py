@@ -124,8 +124,8 @@ _FASTJEPA = Layer(
         Operation("proj", Values(), Values(branch=1)),
         *_ADD_NORM,
         Operation("fc1", Values(), Values(), Values(branch=1)),
-        Operation("bias_gelu", Values(hidden=2), Values(hidden=3), Values(hidden=1)),
-        Operation("fc2", Values(), Values(branch=1), Values(hidden=1)),
+        Operation("bias_gelu", Values(hidden=2), Values(hidden=4), Values(hidden=1)),  # made again for fc2's gradient
+        Operation("fc2", Values(), Values(branch=1)),
     ),
 )
 

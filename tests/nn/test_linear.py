@@ -1,9 +1,12 @@
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from benchmarks.counter import as_on_a_gpu
+from fastjepa import ops
 from fastjepa.nn import Linear, keep_copies, set_fp8
 from fastjepa.optim import AdamWEMA
 
@@ -172,3 +175,85 @@ def test_fp8_weights_do_not_travel():
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert other.quantised is None
         assert torch.equal(in_fp8(other, x), wanted)
+
+
+# The product behind a GELU, whose input is not kept.
+
+
+class Tail(torch.nn.Module):
+    """x -> fc2(gelu(x + bias)), `kept` or not."""
+
+    def __init__(self, kept: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bias, self.fc2, self.kept = torch.nn.Parameter(torch.randn(48)), Linear(48, 16), kept
+
+    def forward(self, x):
+        if self.kept:
+            return self.fc2(ops.bias_gelu(x, self.bias))
+        return self.fc2.after_gelu(x, self.bias)
+
+
+def tail_step(layer: Tail, x: torch.Tensor, dtype: torch.dtype | None, kept: list[torch.Tensor] | None = None):
+    x = x.clone().requires_grad_()
+    saved = [] if kept is None else kept
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype) if dtype else nullcontext()
+    with as_on_a_gpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        y = layer(x)
+    with as_on_a_gpu():
+        y.float().square().sum().backward()
+    return y, x.grad, [p.grad for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 37])
+@pytest.mark.parametrize("case", ["fp32", "fp16 with copies", "fp16 without", "fp16 throughout", "fp64"])
+def test_after_gelu_gives_what_the_two_give(case: str, rows: int):
+    dtype = torch.float16 if "with" in case else None
+    layers = [Tail(kept) for kept in (True, False)]
+    for layer in layers:
+        if case == "fp16 with copies":
+            keep_copies(layer, torch.float16)
+        layer.to({"fp64": torch.float64, "fp16 throughout": torch.float16}.get(case, torch.float32))
+    x = torch.randn(rows, 48).to(dtype or layers[0].bias.dtype)
+    wanted, found = (tail_step(layer, x, dtype) for layer in layers)
+    torch.testing.assert_close(found, wanted, rtol=0 if rows < 2 else 1e-3, atol=0 if rows < 2 else 1e-2)
+    torch.testing.assert_close(found[:2], wanted[:2], rtol=0, atol=0)
+
+
+def test_after_gelu_keeps_its_input_alone():
+    x = torch.randn(37, 48)
+    for kept, times in ((True, 2), (False, 1)):
+        saved: list[torch.Tensor] = []
+        tail_step(Tail(kept), x, None, saved)
+        assert sum(tensor.shape == x.shape for tensor in saved) == times
+
+
+def test_after_gelu_calls_hooks():
+    layer, seen = Tail(False), []
+    handle = layer.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.randn(5, 48)
+    wanted = tail_step(Tail(True), x, None)
+    torch.testing.assert_close(tail_step(layer, x, None), wanted)
+    torch.testing.assert_close(seen[0], torch.nn.functional.gelu(x + layer.bias))
+    handle.remove()
+    tail_step(layer, x, None)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("frozen", ["bias", "fc2.weight", "fc2.bias", "fc2", "all"])
+def test_after_gelu_of_what_is_frozen(frozen: str):
+    layers = [Tail(kept) for kept in (True, False)]
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if name.startswith(frozen) or frozen == "all":
+                parameter.requires_grad_(False)
+    x = torch.randn(5, 48)
+    wanted, found = (tail_step(layer, x, None) for layer in layers)
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad(), as_on_a_gpu():
+        torch.testing.assert_close(layers[1](x), layers[0](x))
