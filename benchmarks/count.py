@@ -126,9 +126,9 @@ def count(work: Work, name: str) -> dict[str, list[Event]]:
 
 
 def peak_bytes(work: Work, name: str) -> int | None:
-    """What that step holds at most: parameters, optimizer state, images and all that it makes; None of the compiled one.
+    """What that step holds at most, its parameters, optimizer state and images included; None of the compiled one.
 
-    The allocator's gaps are not in it, nor what an operator of PyTorch makes within itself.
+    An allocator's gaps are not in it, nor what an operator of PyTorch makes within itself.
     """
     if name == "compiled":
         return None
@@ -149,9 +149,7 @@ def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str,
     return dict(counter.events)
 
 
-def _on_meta(
-    work: Work, name: str, masks: tuple[Masks, Masks]
-) -> tuple[Way, Counter, Callable[[], Tensor], Tensor]:
+def _on_meta(work: Work, name: str, masks: tuple[Masks, Masks]) -> tuple[Way, Counter, Callable[[], Tensor], Tensor]:
     """(way, counter, its loss, images) on the meta device.
 
     That has no values: lengths are given, and whatever is read back is 0.

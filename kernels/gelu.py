@@ -228,10 +228,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return _BiasGelu.apply(x, bias.contiguous())
 
 
-def bias_gelu_cost(
-    tokens: int, width: int, dtype: torch.dtype, backward: bool = False, again: bool = False
-) -> Cost:
-    """Forward: read x, write y. Backward: read x and dy, write dx, and y `again`. The bias is taken to have x's dtype."""
+def bias_gelu_cost(tokens: int, width: int, dtype: torch.dtype, backward: bool = False, again: bool = False) -> Cost:
+    """Forward: read x, write y. Backward: read x and dy, write dx, and y `again`. The bias is counted in x's dtype."""
     table, row = tokens * width * dtype.itemsize, width * dtype.itemsize
     if backward:
         return Cost((4 if again else 3) * table + 2 * row, (35 if again else 30) * tokens * width, 2)

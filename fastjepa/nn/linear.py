@@ -48,18 +48,13 @@ class Linear(nn.Linear):
         fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self._trains(x)
         if not fused or torch.compiler.is_compiling() or sees_values(self):
             return self(ops.bias_gelu(x, bias))
-        weight16, bias16 = self._in(dtype)
+        weight16, bias16 = self._in(dtype, self.bias)
         return _GeluLinear.apply(x, bias.contiguous(), self.weight, self.bias, weight16, bias16)
 
-    def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _in(self, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in `dtype`, without gradients: the copies where they hold."""
         copies = self.copies if self.copies is not None and self.copies[0].dtype == dtype else (None, None)
-        weight, bias = (
-            None if p is None else p.detach().to(dtype) if copy is None else _current(copy, p)
-            for p, copy in zip((self.weight, self.bias), copies, strict=True)
-        )
-        assert weight is not None
-        return weight, bias
+        return _cast(self.weight, copies[0], dtype), None if bias is None else _cast(bias, copies[1], dtype)
 
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = linear_dtype(x.device, x.dtype)
@@ -67,9 +62,7 @@ class Linear(nn.Linear):
             return self._in_fp8(x, bias)
         if self.copies is None or self.copies[0].dtype != dtype or torch.compiler.is_compiling():
             return F.linear(x, self.weight, bias)
-        weight16, bias16 = self._in(dtype)
-        if bias is None:
-            bias16 = None
+        weight16, bias16 = self._in(dtype, bias)
         x = x.to(dtype)
         if self._trains(x):
             return _CopiedLinear.apply(x, self.weight, bias, weight16, bias16)
@@ -144,8 +137,8 @@ def keep_copies(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[T
     return found
 
 
-def _current(copy: Tensor, parameter: Tensor) -> Tensor:
-    return copy if is_current(copy, parameter) else parameter.detach().to(copy.dtype)
+def _cast(parameter: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return copy if copy is not None and is_current(copy, parameter) else parameter.detach().to(dtype)
 
 
 def sees_values(module: nn.Module) -> bool:
