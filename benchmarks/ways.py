@@ -75,6 +75,7 @@ class Way:
         """All that stays between two steps: parameters, targets, optimizer state and copies."""
         optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        states += getattr(optimizer, "_copies", {}).values()
         return [*(p for m in (*self.models, self.target_encoder) for p in m.parameters()), *states]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa import ops
-from fastjepa.nn.linear import Linear, sees_values
+from fastjepa.nn.linear import Linear, is_hooked, is_plain
 from fastjepa.nn.norm import LayerNorm, add_norm
 from fastjepa.nn.ragged_attention import RaggedAttention
 from fastjepa.ops import library
@@ -27,13 +27,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
-        fc1, fc2 = self.fc1, self.fc2
-        if not library.takes_kernels(x) or not isinstance(fc1, Linear) or sees_values(fc1):
-            return self.drop(fc2(self.drop(self.act(fc1(x)))))
+        fc1, fc2, drop = self.fc1, self.fc2, self.drop
+        if not library.takes_kernels(x) or not is_plain(fc1):
+            return drop(fc2(drop(self.act(fc1(x)))))
         hidden = fc1.product(x)
-        if not isinstance(fc2, Linear) or (self.training and self.drop.p):
-            return self.drop(fc2(self.drop(ops.bias_gelu(hidden, fc1.bias))))
-        return fc2.after_gelu(hidden, fc1.bias)
+        passes = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_hooked(drop)
+        if passes and is_plain(fc2):
+            return fc2.after_gelu(hidden, fc1.bias)
+        return drop(fc2(drop(ops.bias_gelu(hidden, fc1.bias))))
 
 
 class DropPath(nn.Module):

@@ -13,7 +13,7 @@ from fastjepa import ops
 from fastjepa.copies import is_current, set_current
 from fastjepa.ops import library
 from fastjepa.ops.fp8 import CAPABILITY
-from fastjepa.ops.rows import linear_dtype
+from fastjepa.ops.rows import check_bias_gelu, linear_dtype
 
 
 class Linear(nn.Linear):
@@ -39,22 +39,26 @@ class Linear(nn.Linear):
         return self._apply_to(x, None)
 
     def after_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        """self(gelu(x + bias)), exact GELU, for x [T, D].
+        """self(gelu(x + bias)) with the exact GELU. Shapes: x [T, D], bias [D] -> [T, D'].
 
-        In training on CUDA its result is not kept: the pass that makes the GELU's gradient makes it again, which is as
-        much as writing it once more. Hooks of this layer are called as ever, and then it is kept.
+        In training on CUDA the GELU's output is not kept for the backward pass: the kernel of its gradient writes it
+        again. It is kept under `torch.compile`, in fp64, and where this layer has hooks, which are given it.
+
+        Raises:
+            ValueError: as `ops.bias_gelu`.
         """
         dtype = linear_dtype(x.device, x.dtype)
         fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self._trains(x)
-        if not fused or torch.compiler.is_compiling() or sees_values(self):
+        if not fused or torch.compiler.is_compiling() or not is_plain(self):
             return self(ops.bias_gelu(x, bias))
-        weight16, bias16 = self._in(dtype, self.bias)
-        return _GeluLinear.apply(x, bias.contiguous(), self.weight, self.bias, weight16, bias16)
+        check_bias_gelu(x, bias)
+        weight, out_bias = self.weight, self.bias  # once, as who parametrizes them may make them anew at each look
+        return _GeluLinear.apply(x, bias.contiguous(), weight, out_bias, *self._in(dtype, weight, out_bias))
 
-    def _in(self, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _in(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in `dtype`, without gradients: the copies where they hold."""
         copies = self.copies if self.copies is not None and self.copies[0].dtype == dtype else (None, None)
-        return _cast(self.weight, copies[0], dtype), None if bias is None else _cast(bias, copies[1], dtype)
+        return _cast(weight, copies[0], dtype), None if bias is None else _cast(bias, copies[1], dtype)
 
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = linear_dtype(x.device, x.dtype)
@@ -62,7 +66,7 @@ class Linear(nn.Linear):
             return self._in_fp8(x, bias)
         if self.copies is None or self.copies[0].dtype != dtype or torch.compiler.is_compiling():
             return F.linear(x, self.weight, bias)
-        weight16, bias16 = self._in(dtype, bias)
+        weight16, bias16 = self._in(dtype, self.weight, bias)
         x = x.to(dtype)
         if self._trains(x):
             return _CopiedLinear.apply(x, self.weight, bias, weight16, bias16)
@@ -141,11 +145,15 @@ def _cast(parameter: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     return copy if copy is not None and is_current(copy, parameter) else parameter.detach().to(dtype)
 
 
-def sees_values(module: nn.Module) -> bool:
-    """Whether a hook of a layer is given what goes into it or comes out, forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether some hook wants to see what goes in or out of one of these modules."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a `Linear` without hooks or a forward of somebody else's, so that it need not be called."""
+    ours = isinstance(module, Linear) and type(module).forward is Linear.forward and "forward" not in vars(module)
+    return ours and not is_hooked(module)
 
 
 class _CopiedLinear(torch.autograd.Function):

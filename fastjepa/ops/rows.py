@@ -92,11 +92,16 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel 2016 (arXiv 1606.08415).
     """
-    if x.dim() != 2 or bias.shape != x.shape[1:]:
-        raise ValueError(f"expected x [T, D] and bias [D], got {list(x.shape)} and {list(bias.shape)}")
-    check_tensors({"x": x, "bias": bias})
+    check_bias_gelu(x, bias)
     if library.takes_kernels(x) and x.dtype != torch.float64:
         from fastjepa.kernels.gelu import bias_gelu as kernel
 
         return library.call(kernel, x, bias)
     return bias_gelu_ref(x, bias)
+
+
+def check_bias_gelu(x: Tensor, bias: Tensor) -> None:
+    """ValueError unless x is [T, D] and bias [D], floating and on one device."""
+    if x.dim() != 2 or bias.shape != x.shape[1:]:
+        raise ValueError(f"expected x [T, D] and bias [D], got {list(x.shape)} and {list(bias.shape)}")
+    check_tensors({"x": x, "bias": bias})

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa import ops
+from fastjepa.nn.linear import is_hooked
 from fastjepa.ops import library
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import fall_back, identities, is_hooked, is_swapped, like, reads, stock_forward, swapped
+from fastjepa.patch.swapping import fall_back, identities, is_swapped, like, reads, stock_forward, swapped
 
 _NORMS = ("q_norm", "k_norm")  # of queries and keys, within each head
 

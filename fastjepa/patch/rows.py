@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa import ops
+from fastjepa.nn.linear import is_hooked
 from fastjepa.ops import library
 from fastjepa.patch.report import Change, Finding
-from fastjepa.patch.swapping import identities, is_hooked, like, stock_forward, swapped
+from fastjepa.patch.swapping import identities, like, stock_forward, swapped
 
 
 def find_layer_norm(where: str, module: nn.Module, parent: nn.Module | None) -> Finding | None:

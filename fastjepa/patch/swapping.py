@@ -72,11 +72,6 @@ def fall_back(module: nn.Module, reason: str) -> None:
         warnings.warn(f"{name} runs its own code for this call: {reason}", FallbackWarning, stacklevel=3)
 
 
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether some hook wants to see what goes in or out of one of these modules."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-
-
 def reads(function: Callable[..., Any], name: str) -> bool:
     """Whether a function's code ever reads its argument `name`."""
     loads = (i for i in dis.get_instructions(function) if i.opname.startswith("LOAD"))

@@ -93,13 +93,15 @@ def workspace(step: Step) -> float:
     """What the backward pass of a stack's last layer makes beyond what it lets go of meanwhile.
 
     Gradients of the stream, twice, and of the MLP's hidden width, once; with attention's weights written out also two
-    tables of them. In ours that layer ends for the predicted tokens alone.
+    tables of them. In ours that layer ends for the predicted tokens alone, and of the hidden width there are three: the
+    GELU's output, made again, and the gradients of its output and input.
     """
     tokens, (stream, branch) = step.batch.tokens, step.precision
 
     def of(shape: Shape, count: float, squares: float) -> float:
         weights = 2 * WIDE * shape.heads * squares if step.implementation == "eager" else 0
-        return shape.width * count * (2 * stream + branch * shape.mlp_ratio) + weights
+        hidden = (3 if step.ours else 1) * branch * shape.mlp_ratio
+        return shape.width * count * (2 * stream + hidden) + weights
 
     encoder = of(step.encoder, tokens.context, tokens.context_squares)
     return max(encoder, of(step.predictor, tokens.predicted if step.ours else tokens.pairs, tokens.pair_squares))

@@ -264,7 +264,7 @@ def test_rows(rows: list[dict]):
     assert [row["row"] for row in rows] == ["eager", *OURS]
     eager, cut, whole = rows
     assert cut["peak_bytes"] < 0.8 * eager["peak_bytes"]
-    assert cut["peak_bytes"] < whole["peak_bytes"] < cut["peak_bytes"] + whole["allocated_bytes"]
+    assert cut["peak_bytes"] < whole["peak_bytes"] < 2 * cut["peak_bytes"]
     for row in rows:
         assert row["launches"] == sum(row["launches_by_kind"].values())
         assert row["rest_bytes"] == sum(row["rest_bytes_by_part"].values())

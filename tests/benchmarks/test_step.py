@@ -78,6 +78,20 @@ def test_a_way_that_cannot_run_says_why(monkeypatch):
     assert ours["absent"] == "fails: RuntimeError: no compiler"
 
 
+def test_without_eager_nothing_is_timed(monkeypatch):
+    class Fails(ways.Eager):
+        def backward(self, loss):
+            raise torch.OutOfMemoryError("no memory")
+
+    exact = step.exact_gradients(SMALL)
+    monkeypatch.setattr(step, "exact_gradients", lambda work: exact)
+    monkeypatch.setattr(step, "Eager", Fails)
+    eager, ours = step.measure(SMALL, 1, ROWS[:2])
+    assert eager["absent"] == "fails: OutOfMemoryError: no memory"
+    assert "yardstick" in ours["absent"]
+    assert "ms" not in ours
+
+
 def test_a_missing_gradient_is_wrong(monkeypatch):
     class Frozen(ways.Fast):
         def __init__(self, model: IJEPA, bf16: bool = False):
