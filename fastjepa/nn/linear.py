@@ -212,6 +212,6 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     >>> product(torch.eye(2).bfloat16(), torch.eye(2).bfloat16(), torch.float32).dtype
     torch.float32
     """
-    if (a.is_cuda or a.is_meta) and dtype == torch.float32:
+    if a.dtype != dtype == torch.float32 and (a.is_cuda or a.is_meta):
         return torch.mm(a, b, out_dtype=dtype)  # which PyTorch has for no processor
     return (a @ b).to(dtype)

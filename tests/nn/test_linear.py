@@ -203,7 +203,7 @@ def tail_step(layer: Tail, x: torch.Tensor, dtype: torch.dtype | None, kept: lis
         saved.append(tensor)
         return tensor
 
-    autocast = torch.autocast("cpu", dtype) if dtype else nullcontext()
+    autocast = torch.autocast(x.device.type, dtype) if dtype else nullcontext()
     with as_on_a_gpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         y = layer(x)
     with as_on_a_gpu():
@@ -261,6 +261,21 @@ def test_after_gelu_refuses_what_does_not_fit():
     for x, said in ((torch.randn(2, 3, 48), r"\[2, 3, 48\] and \[48\]"), (torch.randn(3, 32), r"\[3, 32\] and \[48\]")):
         with as_on_a_gpu(), pytest.raises(ValueError, match=said):
             layer(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+def test_after_gelu_on_a_gpu(dtype: torch.dtype | None):
+    layers = [Tail(kept).cuda() for kept in (True, False)]
+    x = torch.randn(5001, 48, device="cuda", dtype=dtype or torch.float32)
+    for layer in layers:
+        if dtype:
+            keep_copies(layer, dtype)
+    wanted, found = (tail_step(layer, x, dtype) for layer in layers)
+    torch.testing.assert_close(found[:2], wanted[:2])
+    for ours, theirs in zip(found[2], wanted[2], strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 # The MLP, whose parts may be other people's.
