@@ -118,6 +118,7 @@ class Judge:
 
     def __init__(self, operation: Operation):
         self.exact = [x.detach().cpu() for x in operation.exact()]
+        assert all(x.dtype == torch.float64 for x in self.exact), "the answer is rounded"
         self.allowed = [2 * error for error in distances(operation.peers[0].make()(), self.exact)]
 
     def row(self, peer: Peer, times: Callable[[Peer, Run], dict]) -> dict:

@@ -119,6 +119,16 @@ def test_every_operation_is_right(file):
             assert "wrong" not in row, (operation.name, name, row)
 
 
+@pytest.mark.parametrize("file", kernels.FILES)
+def test_no_answer_is_rounded(file: str):
+    """Also where the inputs are bf16, as on a GPU: what is held to a rounded answer would be allowed next to nothing."""
+    small = Sizes(torch.device("cpu"), torch.bfloat16, 2, 64, 160, 2, 48, 2, 2, context=20, spread=4, target=8)
+    found = import_module(f"benchmarks.bench_{file}").operations(small)
+    assert found
+    for operation in found:
+        assert {x.dtype for x in operation.exact()} == {torch.float64}, operation.case
+
+
 def test_every_kernel_with_a_cost_is_benchmarked():
     """kernels/X.py that declares a cost: benchmarks/bench_X.py, in the suite, with its test for pytest-benchmark."""
     costed = {p.stem for p in (ROOT / "kernels").glob("*.py") if "_cost(" in p.read_text(encoding="utf-8")}
