@@ -121,7 +121,7 @@ def test_every_operation_is_right(file):
 
 @pytest.mark.parametrize("file", kernels.FILES)
 def test_no_answer_is_rounded(file: str):
-    """Also where the inputs are bf16, as on a GPU: what is held to a rounded answer would be allowed next to nothing."""
+    """Also of bf16 inputs, as on a GPU: what is held to a rounded answer would be allowed next to nothing."""
     small = Sizes(torch.device("cpu"), torch.bfloat16, 2, 64, 160, 2, 48, 2, 2, context=20, spread=4, target=8)
     found = import_module(f"benchmarks.bench_{file}").operations(small)
     assert found
