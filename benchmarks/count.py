@@ -119,41 +119,26 @@ def measure(work: Work, names: Sequence[str]) -> list[dict]:
 
 def count(work: Work, name: str) -> dict[str, list[Event]]:
     """Every event of one step in the steady state, by part: the second step, when optimizer state is there."""
-    masks = work.masks(work.batch, 0, ragged=name == "fastjepa ragged")
-    if name == "compiled":
-        return _count_compiled(work, masks)
-    return _count_eager(work, name, masks)
+    return _count(work, name)[0]
 
 
-def peak_bytes(work: Work, name: str) -> int | None:
-    """What that step holds at most, its parameters, optimizer state and images included; None of the compiled one.
+def most_held(work: Work, name: str) -> int | None:
+    """Bytes that this step holds at most, parameters, optimizer state and images among them; None of the compiled one.
 
     An allocator's gaps are not in it, nor what an operator of PyTorch makes within itself.
     """
+    return _count(work, name)[1]
+
+
+def _count(work: Work, name: str) -> tuple[dict[str, list[Event]], int | None]:
+    masks = work.masks(work.batch, 0, ragged=name == "fastjepa ragged")
     if name == "compiled":
-        return None
-    way, counter, loss, images = _on_meta(work, name, work.masks(work.batch, 0, ragged=name == "fastjepa ragged"))
-    with kernel_path(counter), counter:
-        _step(way, counter, loss)
-        with Held([images, *way.tensors()]) as held:
-            _step(way, counter, loss)
-    return held.most
+        return _count_compiled(work, masks), None
+    return _count_eager(work, name, masks)
 
 
-def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> dict[str, list[Event]]:
-    way, counter, loss, _ = _on_meta(work, name, masks)
-    with kernel_path(counter), counter:
-        for _ in range(2):
-            counter.clear()
-            _step(way, counter, loss)
-    return dict(counter.events)
-
-
-def _on_meta(work: Work, name: str, masks: tuple[Masks, Masks]) -> tuple[Way, Counter, Callable[[], Tensor], Tensor]:
-    """(way, counter, its loss, images) on the meta device.
-
-    That has no values: lengths are given, and whatever is read back is 0.
-    """
+def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> tuple[dict[str, list[Event]], int]:
+    """On the meta device, which has no values: lengths are given, and whatever is read back is 0."""
     way = build(replace(work, device=META, bf16=False), name)
     if isinstance(way, Eager):  # what it is on a GPU, and the meta device is none
         way.scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -170,7 +155,12 @@ def _on_meta(work: Work, name: str, masks: tuple[Masks, Masks]) -> tuple[Way, Co
         with CudaAutocast():
             return way.objective(images, *inputs)
 
-    return way, counter, loss, images
+    with kernel_path(counter), counter:
+        _step(way, counter, loss)
+        counter.clear()
+        with Held([images, *way.tensors()]) as held:
+            _step(way, counter, loss)
+    return dict(counter.events), held.most
 
 
 def _count_compiled(work: Work, masks: tuple[Masks, Masks]) -> dict[str, list[Event]]:
@@ -256,7 +246,7 @@ def _row(work: Work, name: str) -> dict[str, Any]:
         "context_tokens": float(context.sum()) / work.batch,
     }
     try:
-        parts = count(work, name)
+        parts, held = _count(work, name)
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         if name != "compiled":
             raise
@@ -283,7 +273,7 @@ def _row(work: Work, name: str) -> dict[str, Any]:
         "rest_bytes_per_token_layer": {part: moved[part] / tokens[part] for part in TOWERS},
         "allocations": sum(e.allocations for e in events),
         "allocated_bytes": sum(e.allocated for e in events),
-        "peak_bytes": peak_bytes(work, name),
+        "peak_memory_bytes": held,
         "syncs": sum(e.syncs for e in events),
         "casts": sum(e.casts for e in events),
         "cast_bytes": sum(e.bytes for e in events if e.casts),
@@ -324,7 +314,7 @@ def _shown(rows: Sequence[dict]) -> list[dict[str, Any]]:
         line |= {f"{part} B/token/layer": round(row["rest_bytes_per_token_layer"][part]) for part in TOWERS}
         line |= {"optimizer GB": row["rest_bytes_by_part"]["optimizer"] / 1e9}
         line |= {"allocations": row["allocations"], "allocated GB": row["allocated_bytes"] / 1e9}
-        line |= {"peak GiB": "" if row["peak_bytes"] is None else row["peak_bytes"] / 2**30}
+        line |= {"peak GiB": "" if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 2**30}
         shown.append(line | {"syncs": row["syncs"], "casts": row["casts"], "cast GB": row["cast_bytes"] / 1e9})
     return shown
 

@@ -75,7 +75,6 @@ class Way:
         """All that stays between two steps: parameters, targets, optimizer state and copies."""
         optimizer: torch.optim.Optimizer = self.optimizer  # type: ignore[attr-defined]
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        states += getattr(optimizer, "_copies", {}).values()
         return [*(p for m in (*self.models, self.target_encoder) for p in m.parameters()), *states]
 
 
@@ -192,6 +191,10 @@ class Fast(Way):
     def objective(self, images: Tensor, *inputs: Any) -> Tensor:
         """`IJEPA.loss`."""
         return self.model.loss(images, *inputs)
+
+    def tensors(self) -> list[Tensor]:
+        """With the copies of weights that the optimizer keeps."""
+        return [*super().tensors(), *self.optimizer._copies.values()]
 
     def update(self, momentum: float) -> None:
         """AdamW and EMA in one pass."""

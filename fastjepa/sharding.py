@@ -44,7 +44,7 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other_.device_mesh, other_.placements, src_data_rank=None)
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_hooked_by_others(module: nn.Module) -> bool:
     """Whether somebody hooks its forward. The hooks of `fully_shard`, which gather and free weights, do not count."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks)

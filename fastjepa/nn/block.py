@@ -32,7 +32,7 @@ class MLP(nn.Module):
             return drop(fc2(drop(self.act(fc1(x)))))
         hidden = fc1.product(x)
         passes = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_hooked(drop)
-        if passes and is_plain(fc2):
+        if passes and isinstance(fc2, Linear):
             return fc2.after_gelu(hidden, fc1.bias)
         return drop(fc2(drop(ops.bias_gelu(hidden, fc1.bias))))
 

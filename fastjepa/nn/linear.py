@@ -42,7 +42,8 @@ class Linear(nn.Linear):
         """self(gelu(x + bias)) with the exact GELU. Shapes: x [T, D], bias [D] -> [T, D'].
 
         In training on CUDA the GELU's output is not kept for the backward pass: the kernel of its gradient writes it
-        again. It is kept under `torch.compile`, in fp64, and where this layer has hooks, which are given it.
+        again. It is kept under `torch.compile`, in fp64, and where this layer has hooks or another forward,
+        which are given it.
 
         Raises:
             ValueError: as `ops.bias_gelu`.

@@ -12,7 +12,7 @@ from fastjepa import ops
 from fastjepa.nn.block import Block
 from fastjepa.nn.norm import add_norm
 from fastjepa.ops.rows import linear_dtype
-from fastjepa.sharding import is_hooked
+from fastjepa.sharding import is_hooked_by_others
 
 
 class Stack(nn.Module):
@@ -48,7 +48,7 @@ class Stack(nn.Module):
         recompute = self.recompute and torch.is_grad_enabled()
         for depth, block in enumerate(blocks):
             kept = keep if depth == len(blocks) - 1 else None
-            if isinstance(block, Block) and not is_hooked(block):
+            if isinstance(block, Block) and not is_hooked_by_others(block):
                 inputs = (x, offsets, max_length, kept, branch, True)
             else:
                 inputs = (x if branch is None else x + branch, offsets, max_length, kept)

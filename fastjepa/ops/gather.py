@@ -142,5 +142,5 @@ def _check_index(index: Ragged, asked: bool) -> None:
         raise ValueError(
             f"index must hold int32 or int64 patch indices [T], got {index.values.dtype} {list(index.values.shape)}"
         )
-    if asked:
+    if asked:  # those on the CPU were looked into as `index` was made
         check_offsets(index.offsets, len(index.values), len(index.values), asked)
