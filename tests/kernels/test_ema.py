@@ -169,6 +169,10 @@ def test_writing_is_seen_by_autograd():
 def test_nothing_to_do():
     ema_update_([], [], 0.5)
     ema_update_([torch.zeros(0, device=DEVICE)], [torch.zeros(0, device=DEVICE)], 0.5)
+    empty, target = torch.zeros(0, device=DEVICE), torch.ones(3, device=DEVICE)
+    ema_update_([empty, target], [torch.ones(0, device=DEVICE), torch.zeros(3, device=DEVICE)], 0.5)
+    assert empty.shape == (0,)
+    assert target.tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize(
