@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import count
+from benchmarks import count, step
 from benchmarks.counter import Event
 from benchmarks.laps import PARTS
 from benchmarks.step import Work
@@ -36,6 +36,7 @@ GROUPS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and its batch, as the `count` suite takes them."""
     count.add_work(parser)
+    step.add_rows(parser, [row for row in count.ROWS if row.startswith("fastjepa")], f"default: {', '.join(ROWS)}")
     parser.add_argument("--document", type=Path, metavar="FILE", help="write the tables between the markers there")
 
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     work = count.work_of(arguments)
     if arguments.document:
         count.put("", arguments.document, MARKERS, write=False)
-    rows = [row for name in ROWS for row in budget(work, name)]
+    rows = [row for name in arguments.row or ROWS for row in budget(work, name)]
     if arguments.document:
         count.put(markdown(rows), arguments.document, MARKERS)
     return rows
@@ -83,12 +84,12 @@ def floor(event: Event, gpu: Chip) -> float:
 
 def table(rows: Sequence[dict]) -> str:
     """For a person to read: each way on its own."""
-    return "\n\n".join(f"{name}:\n{columns(shown(rows, name))}" for name in ROWS)
+    return "\n\n".join(f"{name}:\n{columns(shown(rows, name))}" for name in _names(rows))
 
 
 def markdown(rows: Sequence[dict]) -> str:
     """The same as Markdown."""
-    return "\n\n".join(f"{name}:\n\n{count.as_markdown(shown(rows, name))}" for name in ROWS)
+    return "\n\n".join(f"{name}:\n\n{count.as_markdown(shown(rows, name))}" for name in _names(rows))
 
 
 def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
@@ -110,6 +111,10 @@ def shown(rows: Sequence[dict], name: str) -> list[dict[str, Any]]:
         line |= {f"share, {CHIPS[0]}": f"{row['floors'][CHIPS[0]] / whole['floors'][CHIPS[0]]:.1%}"}
         lines.append(line)
     return lines
+
+
+def _names(rows: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(row["row"] for row in rows))
 
 
 def _row(name: str, part: str, group: str, events: Sequence[Event], images: int | None = None) -> dict[str, Any]:

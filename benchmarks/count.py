@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counter import KINDS, Counter, CudaAutocast, Event, Held, kernel_path
+from benchmarks.counter import KINDS, Counter, CudaAutocast, Event, Held, kernel_path, replaced
 from benchmarks.inductor import scheduled
 from benchmarks.laps import PARTS, Laps, _borders
-from benchmarks.step import MOMENTUM, Work, build
+from benchmarks.step import MOMENTUM, SET, USUAL, Work, add_rows, build, is_ragged
 from benchmarks.tables import columns
 from benchmarks.ways import Compiled, Eager, Fast, Masks, Way, naive_models
 from fastjepa import Ragged
+from fastjepa.plan.settings import Settings
 from fastjepa.training.models import ENCODERS, build_optimizer, step_flops
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-ROWS = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged")
+ROWS = (*USUAL, *SET)
 TOWERS = ("target", "context", "predictor")
-MOST = 1.02  # FLOPs launched over needed, of ours
+MOST = 1.02  # FLOPs launched over needed, of ours, unless they are meant to be launched twice
 SOURCES = 10
 MARKERS = "<!-- counts -->", "<!-- end of counts -->"
 
@@ -37,7 +38,7 @@ MARKERS = "<!-- counts -->", "<!-- end of counts -->"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its batch, and which rows."""
     add_work(parser)
-    parser.add_argument("--row", action="append", choices=ROWS, help="default: all; compiled takes minutes")
+    add_rows(parser, ROWS, "default: all; compiled takes minutes")
     parser.add_argument("--document", type=Path, metavar="FILE", help="write the tables between the markers there")
 
 
@@ -49,7 +50,6 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images")
     parser.add_argument("--pred-emb-dim", type=int, default=384)
     parser.add_argument("--pred-depth", type=int, help="default: 12 from vit_large on, 6 below, as published")
-    parser.add_argument("--narrow-stream", action="store_true", help="ours with a bf16 residual stream")
 
 
 def work_of(arguments: argparse.Namespace) -> Work:
@@ -65,7 +65,7 @@ def work_of(arguments: argparse.Namespace) -> Work:
     deep = arguments.model in ("vit_large", "vit_huge", "vit_giant")
     predictor = arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)
     sizes = arguments.patch_size, arguments.crop_size, arguments.batch_size
-    return Work(arguments.model, *sizes, predictor, bf16=True, narrow=arguments.narrow_stream, device=META)
+    return Work(arguments.model, *sizes, predictor, bf16=True, device=META)
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> list[dict]:
 def table(rows: Sequence[dict]) -> str:
     """For a person to read: a line for each row, then where the bytes of ours come from."""
     texts = [columns(_shown(rows))]
-    texts += [f"{row['row']}, the rest's largest sources:\n{columns(_sources(row))}" for row in rows if _is_ours(row)]
+    texts += [
+        f"{row['row']}, the rest's largest sources:\n{columns(_sources(row))}" for row in rows if _has_sources(row)
+    ]
     return "\n\n".join(texts)
 
 
@@ -96,7 +98,7 @@ def markdown(rows: Sequence[dict]) -> str:
     texts += [
         f"The largest sources of the rest's bytes, {row['row']}:\n\n{as_markdown(_sources(row))}"
         for row in rows
-        if _is_ours(row)
+        if _has_sources(row)
     ]
     return "\n\n".join(texts)
 
@@ -105,7 +107,7 @@ def faults(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
     """Rows of ours that compute too much or wait for the device."""
     found = []
     for row in filter(_is_ours, rows):
-        if row["flops_over_needed"] > MOST:
+        if row["flops_over_needed"] > MOST and not Settings.of_row(row["row"]).activation_checkpointing:
             found.append(f"{row['row']}: {row['flops_over_needed']:.4f} FLOPs launched over needed, {MOST} allowed")
         if row["syncs"]:
             found.append(f"{row['row']}: waits for the device {row['syncs']} times")
@@ -131,7 +133,7 @@ def most_held(work: Work, name: str) -> int | None:
 
 
 def _count(work: Work, name: str) -> tuple[dict[str, list[Event]], int | None]:
-    masks = work.masks(work.batch, 0, ragged=name == "fastjepa ragged")
+    masks = work.masks(work.batch, 0, is_ragged(name))
     if name == "compiled":
         return _count_compiled(work, masks), None
     return _count_eager(work, name, masks)
@@ -147,19 +149,16 @@ def _count_eager(work: Work, name: str, masks: tuple[Masks, Masks]) -> tuple[dic
     elif isinstance(way, Fast):
         way.optimizer = build_optimizer(way.model, bf16=True)
     parameters = [p.shape for model in way.models for p in model.parameters()]
-    counter = Counter(_lengths(work, masks), [shape for shape in parameters if len(shape) > 1])
+    lengths = _lengths(work, masks, Settings.of_row(name).accumulate)
+    counter = Counter(lengths, [shape for shape in parameters if len(shape) > 1])
     images = replace(work, device=META).images(work.batch)
     inputs = way.inputs(*masks, work.batch)
 
-    def loss() -> Tensor:
-        with CudaAutocast():
-            return way.objective(images, *inputs)
-
-    with kernel_path(counter), counter:
-        _step(way, counter, loss)
+    with kernel_path(counter), replaced([(way, "autocast", CudaAutocast)]), counter:
+        _step(way, counter, images, inputs)
         counter.clear()
         with Held([images, *way.tensors()]) as held:
-            _step(way, counter, loss)
+            _step(way, counter, images, inputs)
     return dict(counter.events), held.most
 
 
@@ -179,7 +178,7 @@ def _count_compiled(work: Work, masks: tuple[Masks, Masks]) -> dict[str, list[Ev
         with counter:
             for _ in range(2):
                 counter.clear()
-                _step(way, counter, lambda: way.loss(images, masks_enc, masks_pred))
+                _step(way, counter, images, (masks_enc, masks_pred))
     if len(graphs) != 5:  # forward of three models, backward of two
         raise RuntimeError(f"torch.compile made {len(graphs)} graphs of the models, not 5")
     return dict(counter.events)
@@ -205,23 +204,21 @@ class _Marks(Laps):
         self.counter.mark(part)
 
 
-def _step(way: Way, counter: Counter, loss: Callable[[], Tensor]) -> None:
+def _step(way: Way, counter: Counter, images: Tensor, inputs: tuple[Any, ...]) -> None:
     marks = _Marks(counter)
     with _borders(way, marks):
-        value = loss()
-        marks.mark("loss")
-        way.backward(value)
-        marks.mark("context")
+        way.take(images, inputs, marks.mark)
         way.update(MOMENTUM)
         marks.mark("optimizer")
 
 
-def _lengths(work: Work, masks: tuple[Masks, Masks]) -> dict[tuple[int, int], Tensor]:
-    """Of contexts, whole images and the predictor's sequences, by (tokens, sequences)."""
-    context, target = (_of_sequences(m) for m in masks)
-    pairs = (context.view(work.batch, 1, -1) + target.view(work.batch, -1, 1)).flatten()
+def _lengths(work: Work, masks: tuple[Masks, Masks], parts: int = 1) -> dict[tuple[int, int], Tensor]:
+    """Of contexts, whole images and the predictor's sequences in each part, by (tokens, sequences)."""
+    context, target = (_of_sequences(m).view(work.batch, -1) for m in masks)
+    pairs = context[:, None] + target[:, :, None]
     whole = torch.full((work.batch,), (work.pixels // work.patch) ** 2)
-    return {(int(lengths.sum()), len(lengths)): lengths for lengths in (context, whole, pairs)}
+    found = [part.flatten() for lengths in (context, whole, pairs) for part in lengths.chunk(parts)]
+    return {(int(lengths.sum()), len(lengths)): lengths for lengths in found}
 
 
 def _of_sequences(masks: Masks) -> Tensor:
@@ -232,7 +229,7 @@ def _of_sequences(masks: Masks) -> Tensor:
 
 
 def _row(work: Work, name: str) -> dict[str, Any]:
-    masks = work.masks(work.batch, 0, ragged=name == "fastjepa ragged")
+    masks = work.masks(work.batch, 0, is_ragged(name))
     context, target = (_of_sequences(m) for m in masks)
     model = replace(work, device=META).model()
     row: dict[str, Any] = {
@@ -293,6 +290,10 @@ def _largest(parts: dict[str, list[Event]]) -> list[dict[str, Any]]:
                 source["bytes"] += event.bytes
                 source["bytes_by_part"][part] = source["bytes_by_part"].get(part, 0) + event.bytes
     return sorted(sums.values(), key=lambda source: -source["bytes"])[:SOURCES]
+
+
+def _has_sources(row: dict) -> bool:
+    return _is_ours(row) and row["row"] in USUAL
 
 
 def _is_ours(row: dict) -> bool:

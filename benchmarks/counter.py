@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastjepa import pairing, ragged
@@ -301,11 +303,11 @@ class CudaAutocast(TorchFunctionMode):
     """bf16 autocast by the rules of CUDA, on any device. No cast is kept: the models use each weight once a step."""
 
     def __enter__(self):
-        """Our own operations, which ask for autocast's dtype themselves, get this one's."""
+        """Our own operations, which ask for autocast's dtype themselves, get this one's; layers computed again, too."""
+        narrow, again = lambda device, dtype: torch.bfloat16, partial(checkpoint, context_fn=_again)
+        changes: list[tuple[Any, str, Any]] = [(m, "linear_dtype", narrow) for m in (rows, norm, linear, stack)]
         self._stack = ExitStack()
-        for module in (rows, norm, linear, stack):
-            self._stack.callback(setattr, module, "linear_dtype", module.linear_dtype)
-            setattr(module, "linear_dtype", lambda device, dtype: torch.bfloat16)  # noqa: B010
+        self._stack.enter_context(replaced([*changes, (stack, "checkpoint", again)]))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -322,6 +324,10 @@ class CudaAutocast(TorchFunctionMode):
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
         return func(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+
+
+def _again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), CudaAutocast()
 
 
 @contextmanager

@@ -66,10 +66,7 @@ def take_step(way: Way, images: Tensor, inputs: tuple[Any, ...], momentum: float
         return loss, laps
     with _borders(way, laps):
         laps.mark("")
-        loss = way.loss(images, *inputs)
-        laps.mark("loss")
-        way.backward(loss)
-        laps.mark("context")
+        loss = way.take(images, inputs, laps.mark)
         way.update(momentum)
         laps.mark("optimizer")
     return loss.detach(), laps

@@ -34,6 +34,7 @@ from benchmarks.tables import columns
 from benchmarks.ways import Fast
 from fastjepa import EMA
 from fastjepa.kernels.launch import CompileCase, is_interpreted
+from fastjepa.plan.settings import Settings
 from fastjepa.training.models import ENCODERS, build_optimizer
 
 STEPS, BATCH = 3, 32
@@ -80,9 +81,9 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     patch, pixels, width = arguments.patch_size, arguments.crop_size, arguments.pred_emb_dim
     if min(patch, pixels, width) < 1:
         raise ValueError("--patch-size, --crop-size and --pred-emb-dim must be at least 1")
-    bf16, narrow = arguments.dtype == "bf16", arguments.narrow_stream
+    bf16, settings = arguments.dtype == "bf16", Settings(narrow_stream=arguments.narrow_stream)
     sizes = patch, pixels, BATCH, (width, DEPTH), {"depth": DEPTH}
-    work = Work(arguments.model, *sizes, bf16=bf16, narrow=narrow, device=META)
+    work = Work(arguments.model, *sizes, bf16=bf16, settings=settings, device=META)
     return [row for sm in arguments.sm or CHIPS for row in measure(work, sm)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from benchmarks.ways import (
     Eager,
     Fast,
     FastGraphs,
+    FastInParts,
     FastRagged,
     FastRaggedGraphs,
+    FastRaggedInParts,
     Masks,
     Way,
     naive_models,
@@ -34,16 +36,21 @@ from benchmarks.ways import (
 )
 from fastjepa import IJEPA, MaskCollator, Ragged
 from fastjepa.chips import chip_of
-from fastjepa.nn import set_narrow_stream
+from fastjepa.nn import set_activation_checkpointing, set_narrow_stream
+from fastjepa.plan.settings import NAMED, PLAIN, Settings
 from fastjepa.training.models import ENCODERS, step_flops
 
 MOMENTUM = 0.996
 FEW = 4  # images at a time in fp64
 UNIT = {False: 1e-5, True: 4e-3}  # rounding in fp32 and in bf16, allowed where eager had luck
 WARMUP = 3  # steps: torch.compile takes two lengths of contexts to know that they vary
-FASTS: dict[str, type[Fast]] = {way.name: way for way in (Fast, FastRagged, FastGraphs, FastRaggedGraphs)}
+FASTS: dict[str, type[Fast]] = {
+    way.name: way for way in (Fast, FastRagged, FastGraphs, FastRaggedGraphs, FastInParts, FastRaggedInParts)
+}
 GRAPHS = ", graphs"  # how the names of rows from graphs end
-ROWS = ("eager", "compiled", *FASTS, "official")
+USUAL = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged")
+SET = tuple(f"{row}, {name}" for row in USUAL[2:] for name in NAMED)  # with a setting of `runtime`
+ROWS = (*USUAL, *(row + GRAPHS for row in USUAL[2:]), *SET, "official")
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Work:
         name: of a `fastjepa` encoder. patch, pixels: of its square images. batch: images.
         predictor: its width and depth; heads are the encoder's, as in the published code.
         sizes: keywords of the encoder that replace the name's.
-        bf16: autocast, else fp32. narrow: ours with `set_narrow_stream`. official: a checkout of the published code.
+        bf16: autocast, else fp32. settings: of ours. official: a checkout of the published code.
     """
 
     name: str = "vit_small"
@@ -64,7 +71,7 @@ class Work:
     predictor: tuple[int, int] = (384, 6)
     sizes: dict[str, int] = field(default_factory=dict)
     bf16: bool = False
-    narrow: bool = False
+    settings: Settings = PLAIN
     device: torch.device = field(default_factory=here)
     official: Path | None = None
 
@@ -86,7 +93,8 @@ class Work:
                 num_heads=encoder.num_heads,
             )
         model = IJEPA(encoder, predictor)
-        set_narrow_stream(model, self.narrow)
+        set_narrow_stream(model, self.settings.narrow_stream)
+        set_activation_checkpointing(model, self.settings.activation_checkpointing)
         return model
 
     def masks(self, count: int, seed: int, ragged: bool) -> tuple[Any, Any]:
@@ -109,11 +117,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pred-depth", type=int, help="default: 12 from vit_large on, 6 below, as published")
     parser.add_argument("--steps", type=int, default=8, help="timed, after the warm-up")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 (autocast) on a GPU, fp32 elsewhere")
-    parser.add_argument("--narrow-stream", action="store_true", help="ours with a bf16 residual stream")
-    parser.add_argument(
-        "--row", action="append", choices=ROWS, help="default: all that run here but official; eager is always there"
-    )
+    add_rows(parser, ROWS, f"default: {', '.join(USUAL)}, and on a GPU those from graphs; eager is always there")
     parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the published code, as one row")
+
+
+def add_rows(parser: argparse.ArgumentParser, rows: Sequence[str], default: str) -> None:
+    """Which rows."""
+    parser.add_argument(
+        "--row", action="append", choices=rows, metavar="ROW", help=f"one of {'; '.join(rows)}; {default}"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -137,13 +149,10 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         arguments.batch_size or (128 if device.type == "cuda" else 16),
         (arguments.pred_emb_dim, arguments.pred_depth or (12 if deep else 6)),
         bf16=arguments.dtype == "bf16" or (arguments.dtype is None and device.type == "cuda"),
-        narrow=arguments.narrow_stream,
         device=device,
         official=arguments.official,
     )
-    wanted = arguments.row or [
-        row for row in ROWS if row != "official" and (not _is_graphs(row) or device.type == "cuda")
-    ]
+    wanted = arguments.row or [row for row in ROWS if row in USUAL or (_is_graphs(row) and device.type == "cuda")]
     if arguments.official:
         wanted = [*wanted, "official"]
     return measure(work, arguments.steps, ["eager", *(row for row in ROWS[1:] if row in wanted)])
@@ -211,6 +220,8 @@ def build(work: Work, name: str) -> Way:
     """
     if _is_graphs(name) and work.device.type != "cuda":
         raise ValueError(f"the row {name} needs a GPU")
+    if name not in FASTS:
+        work, name = replace(work, settings=Settings.of_row(name)), name.partition(", ")[0]
     model = work.model()
     if name == "eager":
         return Eager(naive_models(model), work.bf16)
@@ -221,6 +232,11 @@ def build(work: Work, name: str) -> Way:
             raise ValueError("the row official needs --official FOLDER, a checkout of the published code")
         return official(work.official, work.name, model, work.bf16)
     return FASTS[name](model, work.bf16)
+
+
+def is_ragged(name: str) -> bool:
+    """Whether the way of a row takes `Ragged` masks."""
+    return name.startswith("fastjepa ragged")
 
 
 def _is_graphs(name: str) -> bool:
@@ -253,8 +269,7 @@ def errors(work: Work, way: Way, exact: tuple[float, list[Tensor]]) -> dict[str,
     """
     images, masks = _check_batch(work)
     inputs = way.inputs(_form(masks[0], way.ragged), _form(masks[1], way.ragged), work.batch)
-    loss = way.loss(images, *inputs)
-    way.backward(loss)
+    loss = way.take(images, inputs, lambda part: None)
     found, (want, wanted) = way.gradients(), exact
     for model in way.models:
         model.zero_grad()
@@ -323,7 +338,7 @@ def _form(masks: list[Tensor], ragged: bool) -> list[Tensor] | Ragged:
 
 def _common(work: Work, name: str, steps: int) -> dict[str, Any]:
     """What a row says before anything was timed."""
-    masks_enc, masks_pred = work.masks(work.batch, 0, name in FASTS and FASTS[name].ragged)
+    masks_enc, masks_pred = work.masks(work.batch, 0, is_ragged(name))
     del masks_enc
     return {
         "row": name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from benchmarks.naive import Encoder, Predictor, take
 from fastjepa import IJEPA, Ragged
 from fastjepa.data import Batch
 from fastjepa.pairing import TargetRows
+from fastjepa.plan.settings import Settings
 from fastjepa.training.graphs import CudaRecorder, Part, Recorder, Result, StepGraphs
 from fastjepa.training.models import build_optimizer, parameter_groups
 
@@ -49,10 +50,22 @@ class Way:
         """What goes with `images` images into the step: masks on the device, as the data loader would bring them."""
         return tuple(_on(masks, self.device) for masks in (masks_enc, masks_pred))
 
+    def take(self, images: Tensor, inputs: tuple[Any, ...], mark: Callable[[str], None]) -> Tensor:
+        """Forward and backward; the loss. `mark` is told as the "loss" is there, and as the backward pass ends."""
+        loss = self.loss(images, *inputs)
+        mark("loss")
+        self.backward(loss)
+        mark("context")
+        return loss
+
     def loss(self, images: Tensor, *inputs: Any) -> Tensor:
         """The objective of a batch, in bf16 autocast where asked for."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             return self.objective(images, *inputs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """In which the objective is taken."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def objective(self, images: Tensor, *inputs: Any) -> Tensor:
         """As `loss`, in whatever precision is in force."""
@@ -207,6 +220,40 @@ class FastRagged(Fast):
     """The same, with nothing cut."""
 
     name = "fastjepa ragged"
+    ragged = True
+
+
+class FastInParts(Fast):
+    """The same, each batch in parts, one after the other, as `runtime.accumulate` has it."""
+
+    name = "fastjepa truncated, 4 parts"
+    parts = Settings.of_row(name).accumulate
+
+    def inputs(self, masks_enc: Masks, masks_pred: Masks, images: int) -> tuple[Any, ...]:
+        """(images, share of the loss, what goes with them into the step) of each part."""
+        patches = self.model.encoder.patch_embed.num_patches
+        targets, none = TargetRows.build(masks_pred, images, patches), torch.empty(images)
+        parts = Batch(none, masks_enc, masks_pred, targets, none, patches).parts(self.parts)
+        count, build = images // self.parts, super().inputs
+        return tuple((count, share, build(part.masks_enc, part.masks_pred, count)) for part, share in parts)
+
+    def take(self, images: Tensor, inputs: tuple[Any, ...], mark: Callable[[str], None]) -> Tensor:
+        """Of one part after the other; the loss of the batch."""
+        losses, start = [], 0
+        for count, share, some in inputs:
+            loss = self.loss(images[start : start + count], *some) * share
+            mark("loss")
+            self.backward(loss)
+            mark("context")
+            losses.append(loss.detach())
+            start += count
+        return torch.stack(losses).sum()
+
+
+class FastRaggedInParts(FastInParts):
+    """The same, with nothing cut."""
+
+    name = "fastjepa ragged, 4 parts"
     ragged = True
 
 

@@ -178,7 +178,8 @@ def _add_pack(tasks: argparse._SubParsersAction) -> None:
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     """The options of `plan`; None where nothing is asked for."""
     plan.description = "Plan a run by a written model, and say of each figure what it rests on."
-    plan.add_argument("--config", metavar="YAML", help="a file or a shipped name: models, masks, batch size, epochs")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as of train")
+    plan.add_argument("--config", metavar="YAML", help="a file or a shipped name: all that a run is told")
     plan.add_argument("--model", metavar="NAME", help="default: vit_huge, or the configuration's")
     plan.add_argument("--patch-size", type=int, metavar="PIXELS", help="default: 14 for vit_huge, else 16")
     plan.add_argument("--crop-size", type=int, metavar="PIXELS", help="default: 224")

@@ -320,7 +320,17 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+LARGEST_HINTED = 1 << 12  # pixels of a crop for which patch sizes are suggested
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _patches(config: Config) -> str:
+    """The two sizes of patches nearest to the one that is set that divide the pictures."""
+    patch, pixels = config.mask.patch_size, config.data.crop_size
+    if pixels > LARGEST_HINTED:
+        return ""
+    fits = sorted((p for p in range(4, pixels // 2 + 1) if pixels % p == 0), key=lambda p: abs(p - patch))[:2]
+    return f"; {' and '.join(map(str, sorted(fits)))} do" if len(fits) == 2 else ""
 
 
 def _check(config: Config, source: str) -> None:
@@ -336,7 +346,7 @@ def _check(config: Config, source: str) -> None:
         "meta.copy_data is not supported; copy the pictures first and name the copy in data.root_path": (
             config.meta.copy_data
         ),
-        f"mask.patch_size={config.mask.patch_size} does not divide data.crop_size={data.crop_size}": (
+        f"mask.patch_size={config.mask.patch_size} does not divide data.crop_size={data.crop_size}{_patches(config)}": (
             config.mask.patch_size < 1 or data.crop_size % config.mask.patch_size > 0
         ),
         "meta.pred_depth must be at least 1": config.meta.pred_depth < 1,

@@ -54,7 +54,10 @@ class Linear(nn.Linear):
             return self(ops.bias_gelu(x, bias))
         check_bias_gelu(x, bias)
         weight, out_bias = self.weight, self.bias  # once, as who parametrizes them may make them anew at each look
-        return _GeluLinear.apply(x, bias.contiguous(), weight, out_bias, *self._in(dtype, weight, out_bias))
+        weight16, bias16 = self._in(dtype, weight, out_bias)
+        bias = bias.contiguous()
+        place = _GeluLinear.apply(x, bias, weight, out_bias, weight16)
+        return _Put.apply(place, x.detach(), bias.detach(), weight16, bias16)
 
     def _in(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in `dtype`, without gradients: the copies where they hold."""
@@ -176,15 +179,17 @@ class _CopiedLinear(torch.autograd.Function):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """F.linear(gelu(x + gelu_bias), weight16, bias16), with gradients as above; x is kept, its gelu is not."""
+    """Gradients of F.linear(gelu(x + gelu_bias), weight16, bias16), as above; x is kept, its gelu is not.
+
+    Its output has no values, which `_Put` brings: what is kept is there before anything is computed. So activation
+    checkpointing, which ends a block's second forward pass with the last that is kept, does not compute it again.
+    """
 
     @staticmethod
-    def forward(ctx, x, gelu_bias, weight, bias, weight16, bias16):
-        from fastjepa.kernels.gelu import gelu_fwd
-
+    def forward(ctx, x, gelu_bias, weight, bias, weight16):
         ctx.save_for_backward(x, gelu_bias, weight16)
         ctx.dtype = weight.dtype
-        return F.linear(gelu_fwd(x, gelu_bias), weight16, bias16)
+        return x.new_empty(()).expand(*x.shape[:-1], len(weight16))
 
     @staticmethod
     @once_differentiable
@@ -195,7 +200,21 @@ class _GeluLinear(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[2] else None
         dx, dgelu_bias = gelu_bwd(dz @ weight16, x, gelu_bias, y)
         dw, db = _parameter_gradients(dz, y, ctx.dtype, *ctx.needs_input_grad[2:4])
-        return dx, dgelu_bias, dw, db, None, None
+        return dx, dgelu_bias, dw, db, None
+
+
+class _Put(torch.autograd.Function):
+    """F.linear(gelu(x + gelu_bias), weight16, bias16), whose gradient is that of `place`."""
+
+    @staticmethod
+    def forward(ctx, place, x, gelu_bias, weight16, bias16):
+        from fastjepa.kernels.gelu import gelu_fwd
+
+        return F.linear(gelu_fwd(x, gelu_bias), weight16, bias16)
+
+    @staticmethod
+    def backward(ctx, dz):
+        return dz, None, None, None, None
 
 
 def _parameter_gradients(

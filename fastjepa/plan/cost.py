@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastjepa.flops import Flops
+from fastjepa.flops import Flops, Tower
 from fastjepa.plan.layers import AUTOCAST, LAYERS, Layer, Precision, Shape
+from fastjepa.plan.settings import PLAIN, Settings
 from fastjepa.plan.work import Batch, Models
 
 PARTS = ("target", "context", "predictor", "loss", "optimizer")
@@ -29,18 +30,25 @@ class Step:
     """A step of an implementation on a batch.
 
     Attributes:
-        implementation: one of `IMPLEMENTATIONS`.
+        implementation: one of `IMPLEMENTATIONS`. precision: by autocast, or without it. settings: of ours alone.
     """
 
     models: Models
     batch: Batch
     implementation: str
     precision: Precision = AUTOCAST
+    settings: Settings = PLAIN
 
     @property
     def ours(self) -> bool:
         """Whether only visible patches are embedded, and only tokens that are read reach the end of a last layer."""
         return self.implementation == "fastjepa"
+
+    def row(self, ragged: bool) -> str:
+        """What the step suite calls it."""
+        if not self.ours:
+            return self.implementation
+        return ", ".join([f"fastjepa {'ragged' if ragged else 'truncated'}", *self.settings.words])
 
     @property
     def layer(self) -> Layer:
@@ -65,24 +73,41 @@ class Step:
         return self.batch.tokens.images * self.models.flops.num_patches
 
     @property
+    def carried(self) -> Precision:
+        """In which the residual stream and the branches are carried from one operation to the next."""
+        narrow = self.settings.narrow_stream
+        return Precision(self.precision.branch, self.precision.branch) if narrow else self.precision
+
+    @property
     def cast(self) -> int:
         """Bytes that turning a number of the stream's precision into the branches' moves, or the other way."""
+        return sum(self.carried) if self.carried.mixed else 0
+
+    @property
+    def narrowing(self) -> int:
+        """The same of a pixel or a weight, which are wide whatever the stream is."""
         return sum(self.precision) if self.precision.mixed else 0
 
     def passes(self, part: str) -> int:
         """Through a layer, forward one and backward two; loss and optimizer are one."""
-        flops = self.models.flops
-        layers = {"target": flops.encoder.layers, "context": 3 * flops.encoder.layers}
-        return (layers | {"predictor": 3 * flops.predictor.layers}).get(part, 1)
+        flops, trained = self.models.flops, 4 if self.settings.activation_checkpointing else 3
+        layers = {"target": flops.encoder.layers, "context": trained * flops.encoder.layers}
+        layers |= {"predictor": trained * flops.predictor.layers}
+        return self.settings.accumulate * layers.get(part, 1) if part in layers else 1
 
     @property
     def launches(self) -> int:
         """Of a step of ours, PyTorch's operators among them: of each layer, and of what there is once.
 
-        The `count` suite sees as many with lists of masks, and ten fewer with `Ragged` ones.
+        The `count` suite sees as many with lists of masks, and ten fewer for each part with `Ragged` ones.
         """
-        flops = self.models.flops
-        return 145 + 34 * flops.encoder.layers + 26 * flops.predictor.layers
+        flops, (narrow, again, parts) = self.models.flops, self.settings
+        layers = flops.encoder.layers, flops.predictor.layers
+        each = 143 + 2 * again - narrow + (34 + 6 * again) * layers[0] + (26 + 6 * again) * layers[1]
+        if parts == 1:
+            return each + 2
+        gradients = 12 * sum(layers) + 11
+        return parts * (each + 2) + (parts - 1) * gradients + 4  # losses: each times its share, and their sum
 
     def costs(self) -> dict[str, Cost]:
         """Of each of `PARTS`, context and predictor with their backward passes."""
@@ -102,6 +127,8 @@ class Step:
             parts["target"] += Flops(-count.encoder.tail * unread)
             parts["context"] += count.embed(-tokens.context)
             parts["predictor"] += Flops(-3.0 * count.predictor.tail * (tokens.pairs - tokens.predicted))
+            for part, cost in self.again().items():
+                parts[part] += cost.flops
         else:
             parts["context"] += count.embed(2.0 * self.patches - 3.0 * tokens.context)
         return parts
@@ -119,31 +146,58 @@ class Step:
         weights = self.models.encoder_parameters, self.models.predictor_parameters
         if self.ours:  # the optimizer keeps copies of all but the patch embeddings'
             weights = flops.patch_values * wide.width, 0
-        return {
-            "target": target + self._target_ends() + self.cast * weights[0],
-            "context": trained + self._context_ends() + 2 * self.cast * weights[0],  # back again as gradients
-            "predictor": predictor + self._predictor_ends() + 2 * self.cast * weights[1],
+        parts = self.settings.accumulate  # each casts weights, and adds gradients of all parameters to those there are
+        cast, added = parts * self.narrowing, 3 * WIDE * (parts - 1)
+        moved = {
+            "target": target + self._target_ends() + cast * weights[0],
+            "context": trained + self._context_ends() + 2 * cast * weights[0] + added * self.models.encoder_parameters,
+            "predictor": predictor
+            + self._predictor_ends()
+            + 2 * cast * weights[1]
+            + added * self.models.predictor_parameters,
             "loss": self._loss(),
             "optimizer": self._optimizer(),
         }
+        return moved | {part: moved[part] + cost.bytes for part, cost in self.again().items()}
+
+    def again(self) -> dict[str, Cost]:
+        """What activation checkpointing has of a part a second time: layers as far as something in them is kept.
+
+        That is all of a layer but its GELU and the product behind.
+        """
+        if not (self.ours and self.settings.activation_checkpointing):
+            return {}
+        tokens, flops = self.batch.tokens, self.models.flops
+        context = tokens.context, tokens.context_squares, tokens.context
+        pairs = tokens.pairs, tokens.pair_squares, tokens.predicted
+        return {
+            "context": self._again(self.encoder, flops.encoder, *context),
+            "predictor": self._again(self.predictor, flops.predictor, *pairs),
+        }
+
+    def _again(self, shape: Shape, tower: Tower, tokens: float, squares: float, last: float) -> Cost:
+        hidden = shape.mlp_ratio * shape.width * ((tower.layers - 1) * tokens + last)
+        matmuls = tower.tail * (tokens - last) + 2 * shape.width * hidden
+        moved = self._layers(shape, tower.layers, tokens, squares, ("forward",), last)
+        return Cost(tower.forward(tokens, squares) + Flops(-matmuls), moved - 2 * self.carried.branch * hidden)
 
     def _layers(
         self, shape: Shape, depth: int, tokens: float, squares: float, ways: tuple[str, ...], last: float | None
     ) -> float:
         """Bytes of a stack whose last layer is ended for `last` tokens alone (None: for all)."""
-        each = [self.layer.bytes(way, shape, tokens, squares, self.precision) for way in ways]
-        end = [self.layer.bytes(way, shape, tokens, squares, self.precision, last) for way in ways]
+        each = [self.layer.bytes(way, shape, tokens, squares, self.carried) for way in ways]
+        end = [self.layer.bytes(way, shape, tokens, squares, self.carried, last) for way in ways]
         return (depth - 1) * sum(each) + sum(end)
 
     def _pixels(self, patches: float) -> float:
         """Of images as the embedding takes them: cut into patches where it is ours, and cast."""
         values = self.models.flops.patch_values
         cut = 2 * WIDE * self.patches if self.ours else 0
-        return values * (cut + self.cast * patches)
+        return values * (cut + self.narrowing * patches)
 
     def _target_ends(self) -> float:
         """The patch embedding with positions, the picking of tokens for the last layer's end, and the last norm."""
-        stream, branch = self.precision
+        stream, branch = self.carried
         ends = self.batch.kept if self.ours else self.patches
         embedded = (stream + branch) * self.patches
         if self.ours:  # the first norm has nothing to add, the last has
@@ -158,7 +212,7 @@ class Step:
 
         With the others also what stands between the target encoder and this one: the features' norm, and their gather.
         """
-        tokens, values, (stream, branch) = self.batch.tokens, self.models.flops.patch_values, self.precision
+        tokens, values, (stream, branch) = self.batch.tokens, self.models.flops.patch_values, self.carried
         norm = (5 * stream + 2 * self.cast) * tokens.context
         if self.ours:
             gathered = 2 * WIDE * values * tokens.context
@@ -176,7 +230,7 @@ class Step:
 
     def _predictor_ends(self) -> float:
         """The input put together, tokens picked for the last layer's end, the last norm, and the output's bias."""
-        tokens, (stream, branch) = self.batch.tokens, self.precision
+        tokens, (stream, branch) = self.batch.tokens, self.carried
         ends = tokens.predicted if self.ours else tokens.pairs
         embedded = (branch + 2 * self.cast) * tokens.context
         if self.ours:
@@ -193,7 +247,7 @@ class Step:
 
     def _loss(self) -> float:
         """Smooth L1 and its gradient; ours takes and normalises the features on the way."""
-        tokens, (stream, branch) = self.batch.tokens, self.precision
+        tokens, (stream, branch) = self.batch.tokens, self.carried
         if self.ours:
             taken = stream * self.encoder.width * self.batch.kept
             return taken + tokens.predicted * (4 * branch * self.encoder.width + INDEX)

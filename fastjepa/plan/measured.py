@@ -15,6 +15,7 @@ from fastjepa.chips import Chip, chip
 from fastjepa.config import Config, parse_config
 from fastjepa.plan.cost import PARTS, Step
 from fastjepa.plan.layers import AUTOCAST, FP32
+from fastjepa.plan.settings import NAMED, Settings
 from fastjepa.plan.work import Models, draw
 
 FORMAT, VERSION = "fastjepa benchmarks", 1
@@ -25,15 +26,13 @@ NEEDED = {
     "context_tokens": float, "target_tokens": float, "npred": int, "ms": float, "parts_ms": dict,
 }  # fmt: skip
 # Rows of the step suite, and what they are counted as; the published code takes the step as eager does.
+OURS = ("fastjepa truncated", "fastjepa ragged")
 ROWS = {
     "eager": "eager",
     "official": "eager",
     "compiled": "compiled",
-    "fastjepa truncated": "fastjepa",
-    "fastjepa ragged": "fastjepa",
+    **dict.fromkeys([*OURS, *(f"{row}, {name}" for row in OURS for name in NAMED)], "fastjepa"),
 }
-
-
 ENGINE = "fastjepa"  # of the input suite, as data.engine=auto has it; with ", engine NAME" as that engine has it
 MACHINE = ("device", "kind", "chip", "threads", "copy_bandwidth", "matmul_rate", "commit")
 USED = {*NEEDED, "row", "joules_per_1000_images", "engine", "workers", "images_per_second_per_core"}
@@ -234,9 +233,10 @@ def _measured(
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
     config, models = known[key]
-    drawn = draw(config, row["batch"], row["row"].endswith("ragged"))
+    drawn = draw(config, row["batch"], row["row"].startswith("fastjepa ragged"))
     batch = drawn.mean.scaled(row["context_tokens"] / drawn.context, row["target_tokens"] / drawn.target)
-    step = Step(models, batch, ROWS[row["row"]], AUTOCAST if row["dtype"] == "bf16" else FP32)
+    precision = AUTOCAST if row["dtype"] == "bf16" else FP32
+    step = Step(models, batch, ROWS[row["row"]], precision, Settings.of_row(row["row"]))
     roof = _roof(machine, label)
     joules = row.get("joules_per_1000_images")
     return Measured(

@@ -16,13 +16,15 @@ class Memory:
 
     Attributes:
         state: what stays between steps: parameters, target, moments, and the copies that our optimizer keeps of the
-            first two in the branches' precision. gradients: of all parameters.
+            first two in the branches' precision. gradients: of all parameters. earlier: of the parts of the batch that
+            came before the last, as its backward pass begins.
         copies: others' parameters cast to that precision, kept for the backward pass. activations: kept for it too.
         workspace: of the operation that needs most beside them. update: what the optimizer makes beside its state.
     """
 
     state: float
     gradients: float
+    earlier: float
     copies: float
     activations: float
     workspace: float
@@ -40,7 +42,7 @@ class Memory:
 
     @property
     def _backward(self) -> float:
-        return self.copies + self.activations + self.workspace
+        return self.earlier + self.copies + self.activations + self.workspace
 
     @property
     def _update(self) -> float:
@@ -49,15 +51,16 @@ class Memory:
 
 def memory(step: Step) -> Memory:
     """Of a step, without what the allocator loses and CUDA itself takes."""
-    models, precision = step.models, step.precision
+    models, precision, parts = step.models, step.precision, step.settings.accumulate
     count, copied = models.parameters, precision.branch if precision.mixed else 0
     held = models.parameters + models.encoder_parameters
     return Memory(
         state=WIDE * (2 * count + held) + (copied * held if step.ours else 0),
         gradients=WIDE * count,
+        earlier=WIDE * count if parts > 1 else 0,
         copies=0 if step.ours else copied * count,
-        activations=activations(step),
-        workspace=workspace(step),
+        activations=activations(step) / parts,
+        workspace=workspace(step) / parts,
         update=WIDE * count if step.implementation == "eager" else 0,  # the root of the second moments
     )
 
@@ -70,12 +73,14 @@ def largest(step: Step, batches: Iterable[Batch], graphs: bool = False) -> Memor
 
 def activations(step: Step) -> float:
     """Bytes of the images, and of what the forward pass kept of them for the backward pass."""
-    tokens, flops, (stream, branch) = step.batch.tokens, step.models.flops, step.precision
+    tokens, flops, (stream, branch) = step.batch.tokens, step.models.flops, step.carried
     wide, narrow, predicted = step.encoder, step.predictor, tokens.predicted
-    kept = flops.encoder.layers * step.layer.bytes("kept", wide, tokens.context, tokens.context_squares, step.precision)
-    pairs = tokens.pairs, tokens.pair_squares, step.precision
-    kept += (flops.predictor.layers - 1) * step.layer.bytes("kept", narrow, *pairs)
-    kept += step.layer.bytes("kept", narrow, *pairs, predicted if step.ours else None)
+    depths = flops.encoder.layers, flops.predictor.layers
+    if step.settings.activation_checkpointing:  # layers' inputs
+        kept = (stream + branch) * (depths[0] * wide.width * tokens.context + depths[1] * narrow.width * tokens.pairs)
+    else:
+        kept = depths[0] * layer_kept(step, "context")
+        kept += (depths[1] - 1) * layer_kept(step, "predictor") + layer_kept(step, "predictor", last=True)
     # Inputs of the last norms, and of the products behind them.
     kept += wide.width * (stream + branch) * tokens.context
     kept += narrow.width * (stream * (predicted if step.ours else tokens.pairs) + branch * predicted)
@@ -89,14 +94,24 @@ def activations(step: Step) -> float:
     return kept + (INDEX * wide.width * tokens.context if step.implementation == "eager" else 0)
 
 
+def layer_kept(step: Step, part: str, last: bool = False) -> float:
+    """Bytes that the forward pass keeps within a layer of the context encoder or predictor, or within its last."""
+    tokens = step.batch.tokens
+    if part == "context":
+        return step.layer.bytes("kept", step.encoder, tokens.context, tokens.context_squares, step.carried)
+    ends = tokens.predicted if last and step.ours else None
+    return step.layer.bytes("kept", step.predictor, tokens.pairs, tokens.pair_squares, step.carried, ends)
+
+
 def workspace(step: Step) -> float:
     """What the backward pass of a stack's last layer makes beyond what it lets go of meanwhile.
 
     Gradients of the stream, twice, and of the MLP's hidden width, once; with attention's weights written out also two
     tables of them. In ours that layer ends for the predicted tokens alone, and of the hidden width there are three: the
-    GELU's output, made again, and the gradients of its output and input.
+    GELU's output, made again, and the gradients of its output and input. Where layers are computed again, what one of
+    them keeps is there too.
     """
-    tokens, (stream, branch) = step.batch.tokens, step.precision
+    tokens, (stream, branch) = step.batch.tokens, step.carried
 
     def of(shape: Shape, count: float, squares: float) -> float:
         weights = 2 * WIDE * shape.heads * squares if step.implementation == "eager" else 0
@@ -104,4 +119,7 @@ def workspace(step: Step) -> float:
         return shape.width * count * (2 * stream + hidden) + weights
 
     encoder = of(step.encoder, tokens.context, tokens.context_squares)
-    return max(encoder, of(step.predictor, tokens.predicted if step.ours else tokens.pairs, tokens.pair_squares))
+    predictor = of(step.predictor, tokens.predicted if step.ours else tokens.pairs, tokens.pair_squares)
+    if step.settings.activation_checkpointing:
+        encoder, predictor = encoder + layer_kept(step, "context"), predictor + layer_kept(step, "predictor", last=True)
+    return max(encoder, predictor)

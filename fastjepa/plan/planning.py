@@ -11,12 +11,13 @@ from typing import Any
 from fastjepa.chips import CHIPS, Chip
 from fastjepa.config import Config
 from fastjepa.plan import assumed
-from fastjepa.plan.cost import Step
+from fastjepa.plan.cost import WIDE, Step
 from fastjepa.plan.layers import IMPLEMENTATIONS
 from fastjepa.plan.measured import PACKAGED, Measured, images_per_core, read_runs, steps_of, unlikeness
 from fastjepa.plan.memory import Memory, largest
 from fastjepa.plan.predict import Communication, Part, communication, gpu_fractions, launching, parts
 from fastjepa.plan.recipe import SETTINGS, recipe
+from fastjepa.plan.settings import PLAIN, Settings
 from fastjepa.plan.work import FEWEST, Batches, Models, draw
 
 IMAGENET = 1_281_167  # pictures in ImageNet-1k's training set
@@ -65,6 +66,8 @@ class Order:
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(f"--{option} must be above 0, got {rate:g}")
+        if not self.config.meta.use_bfloat16:
+            raise ValueError("meta.use_bfloat16 must be true: of the GPUs, the planner knows what they reach in bf16")
         if self.images < self.global_batch:
             raise ValueError(
                 f"--images {self.images} are fewer than one step takes: {self.gpus} GPUs of "
@@ -81,7 +84,7 @@ class Order:
         rate = options["network_gb_per_s"]
         same = ("gpus", "implementation", "price_per_gpu_hour", "price_per_kwh", "currency", "images_per_core")
         return cls(
-            recipe(options["config"], {name: options[name] for name in SETTINGS}),
+            recipe(options["config"], {name: options[name] for name in SETTINGS}, options["overrides"]),
             find_chip(options["gpu"]),
             per_node=options["gpus_per_node"],
             images=IMAGENET if options["images"] is None else options["images"],
@@ -98,6 +101,18 @@ class Order:
     def steps(self) -> int:
         """Of the whole run; images that do not fill a step are left out of an epoch."""
         return self.config.optimization.epochs * (self.images // self.global_batch)
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration's, which are ours alone."""
+        return Settings.of(self.config) if self.implementation == "fastjepa" else PLAIN
+
+    @property
+    def left_out(self) -> list[str]:
+        """Keys of the configuration that change a step of ours, and of which the plan knows nothing."""
+        runtime, ours = self.config.runtime, self.implementation == "fastjepa"
+        found = {"runtime.fp8_target": runtime.fp8_target, "runtime.shard": runtime.shard}
+        return [name for name, on in found.items() if on and ours]
 
     @property
     def graphs(self) -> bool:
@@ -157,6 +172,8 @@ def plan(order: Order, masking: str = "both", measured: Path | None = None) -> d
         "pixels": config.data.crop_size,
         "predictor": {"width": config.meta.pred_emb_dim, "depth": config.meta.pred_depth},
         "implementation": order.implementation,
+        "settings": order.settings._asdict(),
+        "left_out": order.left_out,
         "gpu": order.chip.name,
         "gpus": order.gpus,
         "nodes": order.nodes,
@@ -184,10 +201,11 @@ def _plan(
     config, chip = order.config, order.chip
     batch_size = config.data.batch_size
     batches = draw(config, batch_size, ragged)
-    step = Step(models, batches.mean, order.implementation)
-    row = order.implementation + (f" {'ragged' if ragged else 'truncated'}" if step.ours else "")
+    step = Step(models, batches.mean, order.implementation, settings=order.settings)
+    row = step.row(ragged)
     found = parts(step, chip.flops, chip.bandwidth, gpu_fractions(rows, step, row, chip))
-    exchange = communication(step, chip, order.gpus, order.per_node, found, order.network)
+    number = step.precision.branch if config.runtime.compress_gradients and step.ours else WIDE
+    exchange = communication(step, chip, order.gpus, order.per_node, found, number, order.network)
     found["launching"] = launching(step, order.graphs, found)
     seconds = sum(part.seconds for part in found.values()) + exchange.exposed_seconds
     hours = order.steps * seconds / 3600
@@ -249,7 +267,8 @@ def largest_batch(order: Order, models: Models, ragged: bool) -> int:
     def fits(count: int) -> bool:
         some = min(count, MANY)
         batches = [batch.times(count / some) for batch in draw(order.config, some, ragged, FEWEST).drawn]
-        return largest(Step(models, batches[0], order.implementation), batches, order.graphs).peak <= room
+        step = Step(models, batches[0], order.implementation, settings=order.settings)
+        return largest(step, batches, order.graphs).peak <= room
 
     low, high = 0, 1
     while high <= MOST_IMAGES and fits(high):

@@ -98,15 +98,22 @@ def launching(step: Step, graphs: bool, found: Mapping[str, Part]) -> Part:
 
 
 def communication(
-    step: Step, chip: Chip, gpus: int, per_node: int, found: Mapping[str, Part], network: float | None = None
+    step: Step,
+    chip: Chip,
+    gpus: int,
+    per_node: int,
+    found: Mapping[str, Part],
+    number: int = WIDE,
+    network: float | None = None,
 ) -> Communication:
-    """Gradients in fp32, in rings over all GPUs, each of which crosses the slowest link once each way.
+    """Gradients, in rings over all GPUs, each of which crosses the slowest link once each way.
 
-    network: bytes a second that leave a node, each way; None takes the assumed one.
+    They go with the last part of a batch. number: bytes of one. network: bytes a second that leave a node, each way;
+    None takes the assumed one.
     """
-    gradients = WIDE * step.models.parameters
+    gradients = number * step.models.parameters
     moved = 2 * (gpus - 1) / gpus * gradients
-    behind = assumed.BACKWARD_SHARE.value * found["context"].seconds
+    behind = assumed.BACKWARD_SHARE.value * found["context"].seconds / step.settings.accumulate
     if gpus == 1:
         return Communication(gradients, 0, "none", 0, 0, behind, 0, True, 0, "counted: one GPU sends nothing")
     link, rate, source = f"{chip.name}'s link within a node", chip.link, chip.source

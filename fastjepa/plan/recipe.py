@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastjepa.config import Config, load_config, parse_config
+from fastjepa.config import Config, load_config
 from fastjepa.training.models import ENCODERS
 
 DEFAULT = "in1k_vith14_ep300"
@@ -28,11 +29,12 @@ SETTINGS = {
 }
 
 
-def recipe(config: str | None = None, asked: Mapping[str, Any] | None = None) -> Config:
+def recipe(config: str | None = None, asked: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration `config` (a file or a shipped name; the official ViT-H/14 where None) with what is asked for.
 
     asked: by the names in `SETTINGS`, None where nothing is. Without a `config`, a model that is asked for brings its
     published patch size (14 for vit_huge, else 16) and predictor depth (12 from vit_large on, else 6).
+    overrides: `section.key=value`, as `load_config` takes them.
 
     Raises:
         ValueError: a model, file or setting that will not do; says what would.
@@ -49,16 +51,5 @@ def recipe(config: str | None = None, asked: Mapping[str, Any] | None = None) ->
     for name in ("batch_size", "crop_size", "patch_size", "pred_depth", "pred_emb_dim", "epochs", "nenc", "npred"):
         if given.get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {given[name]}")
-    tree = load_config(config or DEFAULT).to_dict()
-    for name, value in given.items():
-        section, key = SETTINGS[name].split(".")
-        tree[section][key] = value
-    _check_patches(tree["mask"]["patch_size"], tree["data"]["crop_size"])
-    return parse_config(tree, "fastjepa plan")
-
-
-def _check_patches(patch: int, pixels: int) -> None:
-    if pixels % patch:
-        fits = sorted((p for p in range(4, pixels // 2 + 1) if pixels % p == 0), key=lambda p: abs(p - patch))[:2]
-        near = f"; {' and '.join(map(str, sorted(fits)))} do" if len(fits) == 2 else ""
-        raise ValueError(f"--patch-size {patch} does not divide --crop-size {pixels}{near}")
+    words = [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in given.items()]
+    return load_config(config or DEFAULT, [*overrides, *words])

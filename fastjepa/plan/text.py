@@ -7,6 +7,7 @@ from typing import Any
 
 from fastjepa.plan.check import ALLOWED, Compared
 from fastjepa.plan.planning import grounds
+from fastjepa.plan.settings import Settings
 
 GIB = 2**30
 
@@ -38,6 +39,8 @@ def render(plan: dict[str, Any]) -> str:
         texts.append(_published(plan["published"]))
     texts += [f"does not fit: {name} masks, at most {m['largest_batch']} images a GPU"
               for name, m in maskings.items() if not m["fits"]]  # fmt: skip
+    if plan["left_out"]:
+        texts.append(f"planned without: {', '.join(plan['left_out'])}")
     return "\n\n".join([*texts, "\n".join(f"[{n}] {basis}" for n, basis in enumerate(numbers, start=1))])
 
 
@@ -92,9 +95,10 @@ def _figures(plan: dict[str, Any]) -> list[tuple[str, Any, str]]:
 
 def _head(plan: dict[str, Any]) -> str:
     nodes = f" in {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
+    how = ", ".join([plan["implementation"], *Settings(**plan["settings"]).words])
     return (
         f"{plan['model']} at {plan['pixels']} px, predictor {plan['predictor']['width']}x{plan['predictor']['depth']}, "
-        f"{plan['epochs']} epochs of {plan['images']:,} images, {plan['implementation']}\n"
+        f"{plan['epochs']} epochs of {plan['images']:,} images, {how}\n"
         f"on {plan['gpus']} {plan['gpu']}{nodes}, {plan['batch_size']} images a GPU: {plan['steps']:,} steps"
     )
 

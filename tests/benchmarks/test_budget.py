@@ -14,7 +14,9 @@ from benchmarks.step import Work
 from fastjepa.chips import chip
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "budget.md"
+COUNTS = DOCUMENT.with_name("counts.md")
 SMALL = Work("vit_tiny", 8, 96, 8, (96, 2), {"depth": 2}, bf16=True, device=torch.device("meta"))
+HUGE = replace(SMALL, name="vit_huge", patch=14, pixels=224, batch=128, predictor=(384, 12), sizes={})
 
 
 @pytest.fixture(scope="module", params=budget.ROWS)
@@ -67,10 +69,37 @@ def test_groups(name: str, kind: str, group: str):
 
 
 def test_the_document_is_current():
-    work = replace(SMALL, name="vit_huge", patch=14, pixels=224, batch=128, predictor=(384, 12), sizes={})
-    rows = [row for name in budget.ROWS for row in budget.budget(work, name)]
+    rows = [row for name in budget.ROWS for row in budget.budget(HUGE, name)]
     text = DOCUMENT.read_text(encoding="utf-8")
     assert budget.markdown(rows) in text, "run python -m benchmarks budget --document docs/budget.md"
+
+
+def test_what_settings_save_is_what_the_documents_tables_have():
+    """The short table against the `count` suite's above it; floors too, but those of parts, which take long."""
+    tables = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in COUNTS.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    counted = {cells[0]: cells for cells in tables if cells[0] in count.ROWS}
+    places = {name: tables[0].index(name) for name in ("launches", "peak GiB")}
+    settings = {"as it comes": "", "narrow_stream": ", narrow stream", "accumulate=4": ", 4 parts"}
+    settings |= {"activation_checkpointing": ", checkpointing"}
+    seen = 0
+    for label, peaks, shares, launches, *floors in tables:
+        if (setting := settings.get(label.strip("`"))) is None:
+            continue
+        rows = [counted[f"{row}{setting}"] for row in budget.ROWS]
+        held = [float(cells[places["peak GiB"]]) for cells in rows]
+        assert peaks == " / ".join(f"{gib:.1f}" for gib in held)
+        eager = float(counted["eager"][places["peak GiB"]])
+        assert shares == " / ".join(f"{100 * gib / eager:.0f}" for gib in held) + " %"
+        assert launches == " / ".join(cells[places["launches"]] for cells in rows)
+        if setting in (", narrow stream", ", checkpointing"):
+            found = [budget.budget(HUGE, f"{row}{setting}")[-1]["floors"] for row in budget.ROWS]
+            assert floors == [" / ".join(f"{1e3 * f[gpu]:.0f}" for f in found) for gpu in budget.CHIPS]
+        seen += 1
+    assert seen == 4
 
 
 def test_a_document_without_markers(tmp_path, capsys):

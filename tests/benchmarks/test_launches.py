@@ -19,6 +19,7 @@ import json, torch
 from benchmarks.launches import META, faults, measure, seen
 from benchmarks.step import Work
 from fastjepa.kernels.gather import gather_rows
+from fastjepa.plan.settings import Settings
 
 rows = []
 for name, patch, pixels, bf16, narrow in (
@@ -28,7 +29,7 @@ for name, patch, pixels, bf16, narrow in (
     ("vit_large", 16, 224, False, False),
     ("vit_giant", 16, 224, True, False),
 ):
-    work = Work(name, patch, pixels, 8, (384, 3), {"depth": 3}, bf16=bf16, narrow=narrow, device=META)
+    work = Work(name, patch, pixels, 8, (384, 3), {"depth": 3}, bf16=bf16, settings=Settings(narrow), device=META)
     for sm in (80, 90):
         rows += measure(work, sm)
 wrong = faults(rows, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -54,6 +55,23 @@ def test_rows(rows: list[dict]):
     assert "WRONG" not in text
 
 
+def test_rows_with_settings():
+    """Checked like the others; in parts, all gradients of the batch are."""
+    names = ["eager", "fastjepa truncated, checkpointing", "fastjepa ragged, 4 parts"]
+    found = step.measure(dataclasses.replace(SMALL, batch=4), 1, names)
+    assert [row["row"] for row in found] == names
+    assert all(row["ms"] > 0 and row["gradients_error"] < 1e-5 for row in found)
+
+
+def test_a_setting_is_on():
+    model = step.build(SMALL, "fastjepa ragged, checkpointing").model
+    assert model.encoder.recompute
+    assert model.target_encoder.recompute
+    assert not model.encoder.narrow_stream
+    assert step.build(SMALL, "fastjepa truncated, narrow stream").model.predictor.narrow_stream
+    assert not step.build(SMALL, "fastjepa truncated").model.encoder.recompute
+
+
 def test_a_wrong_way_has_no_time(monkeypatch):
     class Off(ways.Fast):
         def objective(self, images, *inputs):
@@ -103,16 +121,18 @@ def test_a_missing_gradient_is_wrong(monkeypatch):
     assert "gradients" in ours["wrong"]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *(row for row in step.SET if "narrow" not in row)])
 def test_every_way_trains_alike(name: str):
     """Three steps: losses of eager and ours stay together, so the updates and the EMA are the same."""
     losses = {}
     for row in ("eager", name):
         way, losses[row] = step.build(SMALL, row), []
+        assert way.ragged == name.startswith("fastjepa ragged") or row == "eager"
         for number in range(3):
             torch.manual_seed(number)
-            masks = [step._form(m, way.ragged) for m in SMALL.masks(3, number, ragged=False)]
-            loss, _ = laps.take_step(way, SMALL.images(3), way.inputs(masks[0], masks[1], 3), 0.9)
+            masks = [step._form(m, way.ragged) for m in SMALL.masks(4, number, ragged=False)]
+            loss, lap = laps.take_step(way, SMALL.images(4), way.inputs(masks[0], masks[1], 4), 0.9)
+            assert min(lap.seconds().values()) > 0
             losses[row].append(loss.item())
     assert losses[name] == pytest.approx(losses["eager"], rel=1e-4)
 

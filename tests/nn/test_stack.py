@@ -1,10 +1,12 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import fastjepa
+from benchmarks.counter import as_on_a_gpu
 from fastjepa import IJEPA, MaskCollator, vit_predictor
 from fastjepa.nn import set_activation_checkpointing, set_narrow_stream
 from fastjepa.nn.block import Block
@@ -71,16 +73,19 @@ def test_blocks_may_be_replaced():
     torch.testing.assert_close(model.encoder(images), wanted)
 
 
+@pytest.mark.parametrize("drops", [{"drop_rate": 0.1, "drop_path_rate": 0.1}, {}])
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_activation_checkpointing_changes_no_number(ragged: bool):
-    model, inputs = tiny(drop_rate=0.1, drop_path_rate=0.1), batch(ragged)
+def test_activation_checkpointing_changes_no_number(ragged: bool, kernels: bool, drops: dict[str, float]):
+    model, inputs = tiny(**drops), batch(ragged)
     other = copy.deepcopy(model)
     assert set_activation_checkpointing(other) == 3
     results = []
-    for each in (model, other):
-        torch.manual_seed(1)
-        loss = each.loss(*inputs)
-        results.append((loss.detach(), gradients(each, loss)))
+    with as_on_a_gpu() if kernels else nullcontext():
+        for each in (model, other):
+            torch.manual_seed(1)
+            loss = each.loss(*inputs)
+            results.append((loss.detach(), gradients(each, loss)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     assert set_activation_checkpointing(other, False) == 3
 

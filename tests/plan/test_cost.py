@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.count import META, count
 from benchmarks.naive import Encoder, Predictor
-from benchmarks.step import Work
+from benchmarks.step import SET, Work, is_ragged
 from benchmarks.ways import Eager
 from fastjepa import IJEPA, Ragged
 from fastjepa.flops import Tokens
@@ -21,16 +21,17 @@ from fastjepa.kernels.layer_norm import add_layer_norm_cost
 from fastjepa.pairing import TargetRows
 from fastjepa.plan.cost import PARTS, Step
 from fastjepa.plan.layers import AUTOCAST, FP32, LAYERS, Shape
+from fastjepa.plan.settings import Settings
 from fastjepa.plan.work import Batch, Models
 from fastjepa.training.models import ENCODERS
 
 
-def step_of(work: Work, implementation: str, masks: tuple, precision=AUTOCAST) -> Step:
-    """The planner's step on these very masks."""
+def step_of(work: Work, row: str, masks: tuple, precision=AUTOCAST) -> Step:
+    """The planner's step of a row on these very masks."""
     patches = (work.pixels // work.patch) ** 2
     kept = TargetRows.build(masks[1], work.batch, patches).kept
     batch = Batch(Tokens.of(work.batch, *masks), float(len(kept)))
-    return Step(Models.of(work.model()), batch, implementation, precision)
+    return Step(Models.of(work.model()), batch, row.split()[0], precision, Settings.of_row(row))
 
 
 def on_meta(masks: list[Tensor] | Ragged) -> list[Tensor] | Ragged:
@@ -100,6 +101,21 @@ def test_bytes_are_those_that_the_count_suite_sees(row: str):
     for part in PARTS:
         seen = sum(event.bytes for event in events[part] if event.kind in ("rest", "attention"))
         assert moved[part] == pytest.approx(seen, rel=0.03), part
+
+
+@pytest.mark.parametrize("row", SET)
+def test_settings_are_counted_as_the_count_suite_sees_them(row: str):
+    """Launches, and FLOPs of products to the last one; bytes of each part within 4 %."""
+    work = Work("vit_large", batch=64, predictor=(384, 12), bf16=True, device=META)
+    events, step = count(work, row), step_of(work, row, work.masks(work.batch, 0, is_ragged(row)))
+    launches = sum(event.launches for part in PARTS for event in events[part])
+    assert launches == step.launches - 10 * is_ragged(row) * step.settings.accumulate
+    moved, flops = step.moved(), step.flops()
+    for part in PARTS:
+        seen = sum(event.bytes for event in events[part] if event.kind in ("rest", "attention"))
+        assert moved[part] == pytest.approx(seen, rel=0.04), part
+        matmuls = sum(event.flops for event in events[part] if event.kind == "gemm")
+        assert (flops[part].matmuls if part in flops else 0) == pytest.approx(matmuls, rel=1e-9), part
 
 
 @pytest.mark.slow

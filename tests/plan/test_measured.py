@@ -15,8 +15,9 @@ from fastjepa.config import Config
 from fastjepa.plan import ALLOWED, Order, check, find_chip, plan, read_runs, recipe, render_check, steps_of
 from fastjepa.plan.cost import PARTS, Step
 from fastjepa.plan.layers import AUTOCAST, FP32
-from fastjepa.plan.measured import ROWS, Measured, fitted, images_per_core
+from fastjepa.plan.measured import ROWS, Measured, fitted, images_per_core, unlikeness
 from fastjepa.plan.predict import fractions_of
+from fastjepa.plan.settings import NAMED, Settings
 from fastjepa.plan.work import Models, draw
 
 CPU = {"device": "a processor", "kind": "cpu", "chip": None, "threads": 2, "matmul_rate": 1e11, "copy_bandwidth": 1e10}
@@ -32,9 +33,10 @@ def row(name: str, model: str, batch: int, machine: dict[str, Any], fractions: d
     """A row of the step suite on a machine whose parts reach these fractions of the roof by the planner's count."""
     title, patch = model.split("/")
     config = recipe(None, {"model": title, "patch_size": int(patch), "pred_depth": 6, "batch_size": batch})
-    drawn = draw(config, batch, ragged=name.endswith("ragged"))
+    drawn = draw(config, batch, ragged=name.startswith("fastjepa ragged"))
     mixed = machine["kind"] == "cuda"
-    step = Step(models_of(config), drawn.mean, ROWS[name], AUTOCAST if mixed else FP32)
+    precision = AUTOCAST if mixed else FP32
+    step = Step(models_of(config), drawn.mean, ROWS[name], precision, Settings.of_row(name))
     known = chip(machine["chip"]) if machine["chip"] else None
     roof = (known.flops, known.bandwidth) if known else (machine["matmul_rate"], machine["copy_bandwidth"])
     parts = {part: 1e3 * cost.seconds(*roof) / fractions[part] for part, cost in step.costs().items()}
@@ -71,6 +73,18 @@ def processor() -> list[Measured]:
 
 def scaled(measured: Measured, factor: float) -> Measured:
     return replace(measured, parts_ms={part: factor * took for part, took in measured.parts_ms.items()})
+
+
+@pytest.mark.parametrize("setting", NAMED)
+def test_a_row_with_a_setting_is_counted_with_it(setting: str):
+    """And a plan with that setting takes most from it."""
+    name = f"fastjepa ragged, {setting}"
+    (found,) = steps_of([run(GPU, row(name, "vit_small/16", 64, GPU, flat(0.5)))])
+    assert found.step.settings == NAMED[setting]
+    assert found.step.row(ragged=True) == found.row == name
+    assert found.fractions() == pytest.approx(flat(0.5))
+    (plain,) = steps_of([run(GPU, row("fastjepa ragged", "vit_small/16", 64, GPU, flat(0.5)))])
+    assert unlikeness(found, found.step, "context", name) == 0 < unlikeness(plain, found.step, "context", name)
 
 
 def test_fractions_come_back(processor: list[Measured]):

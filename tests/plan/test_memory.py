@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks import laps
 from benchmarks.count import CPU, META, most_held
 from benchmarks.counter import Counter, CudaAutocast, Held, as_on_a_gpu, kernel_path
-from benchmarks.step import Work, build
+from benchmarks.step import SET, Work, build, is_ragged
 from fastjepa import Ragged
 from fastjepa.flops import Tokens
 from fastjepa.nn import keep_copies
@@ -21,6 +21,7 @@ from fastjepa.plan.cost import Step
 from fastjepa.plan.layers import AUTOCAST, FP32
 from fastjepa.plan.memory import memory
 from fastjepa.plan.planning import MOST_IMAGES, largest_batch
+from fastjepa.plan.settings import Settings
 from fastjepa.plan.work import Batch, Models, draw
 
 WORK = Work("vit_tiny", 8, 96, 4, (96, 2), {"depth": 3})
@@ -29,7 +30,8 @@ WORK = Work("vit_tiny", 8, 96, 4, (96, 2), {"depth": 3})
 def step_of(row: str, masks: tuple, precision, work: Work = WORK) -> Step:
     kept = TargetRows.build(masks[1], work.batch, (work.pixels // work.patch) ** 2).kept
     models = Models.of(replace(work, device=META).model())
-    return Step(models, Batch(Tokens.of(work.batch, *masks), float(len(kept))), row.split()[0], precision)
+    tokens = Batch(Tokens.of(work.batch, *masks), float(len(kept)))
+    return Step(models, tokens, row.split()[0], precision, Settings.of_row(row))
 
 
 def on_meta(masks: list[torch.Tensor] | Ragged) -> list[torch.Tensor] | Ragged:
@@ -127,12 +129,15 @@ def test_what_is_held_by_count_is_what_is_allocated():
     assert held.most - made_before == pytest.approx(allocated, rel=0.04)
 
 
-@pytest.mark.parametrize("row", ["eager", "fastjepa truncated", "fastjepa ragged"])
-@pytest.mark.parametrize("name", ["vit_small", "vit_large"])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [(name, row) for name in ("vit_small", "vit_large") for row in ("eager", "fastjepa truncated", "fastjepa ragged")]
+    + [("vit_large", row) for row in SET],
+)
 def test_peak_is_what_a_step_in_bf16_holds(name: str, row: str):
     """By the tensors that are there on the meta device, ours through its kernels: within 6 %."""
     work = Work(name, batch=32, predictor=(384, 4), bf16=True, device=META)
-    masks = work.masks(work.batch, 0, ragged=row.endswith("ragged"))
+    masks = work.masks(work.batch, 0, is_ragged(row))
     assert memory(step_of(row, masks, AUTOCAST, work)).peak == pytest.approx(most_held(work, row), rel=0.06)
 
 

@@ -84,6 +84,42 @@ def test_small_models_wait_for_their_launches_unless_they_come_from_graphs():
     assert "one launch" in graphs["basis"]["parts.launching"]
 
 
+def test_what_a_configuration_sets_is_in_the_plan():
+    def planned(*overrides: str) -> dict[str, Any]:
+        return plan(Order(recipe(None, {"model": "vit_base"}, overrides), find_chip("h100"), 4), "ragged")
+
+    usual, parts = planned(), planned("runtime.accumulate=4")
+    assert usual["settings"] == {"narrow_stream": False, "activation_checkpointing": False, "accumulate": 1}
+    assert usual["left_out"] == []
+    held = parts["memory"]
+    assert held["activations"] == pytest.approx(usual["memory"]["activations"] / 4, rel=1e-6)
+    assert held["earlier"] == held["gradients"]
+    assert parts["largest_batch"] > 2 * usual["largest_batch"]
+    assert parts["hours"] > usual["hours"]
+    hidden = [2 / 3 * found["parts"]["context"]["seconds"] for found in (usual, parts)]
+    assert usual["communication"]["hidden_behind"] == pytest.approx(hidden[0])
+    assert parts["communication"]["hidden_behind"] == pytest.approx(hidden[1] / 4), "the last part's alone"
+    again, narrow = planned("runtime.activation_checkpointing=true"), planned("runtime.narrow_stream=true")
+    assert again["peak_memory_bytes"] < narrow["peak_memory_bytes"] < usual["peak_memory_bytes"]
+    assert narrow["hours"] < usual["hours"] < again["hours"]
+    assert again["parts"]["context"]["flops"] > 1.2 * usual["parts"]["context"]["flops"]
+    assert again["flops_per_image"] == usual["flops_per_image"], "what the masks need"
+    sent = planned("runtime.compress_gradients=true")["communication"]
+    assert sent["gradient_bytes"] == usual["communication"]["gradient_bytes"] / 2
+    eager = plan(Order(recipe(None, None, ["runtime.accumulate=4"]), find_chip("h100"), 4, implementation="eager"))
+    assert eager["settings"]["accumulate"] == 1, "settings are of ours"
+    text = render(parts)
+    assert "fastjepa, 4 parts\n" in text
+    assert "planned without" not in text
+
+
+def test_what_the_plan_knows_nothing_of_is_said():
+    for name in ("runtime.fp8_target", "runtime.shard"):
+        found = plan(Order(recipe(None, {"model": "vit_tiny"}, [f"{name}=true"]), find_chip("h100")), "truncated")
+        assert found["left_out"] == [name]
+        assert f"planned without: {name}\n" in render(found)
+
+
 def test_gradients_of_the_published_run(official: dict[str, Any]):
     """652.7 M parameters in fp32; each GPU sends 30/16 of them, which the network of a node passes."""
     sent = official["communication"]
@@ -188,7 +224,7 @@ def test_two_contexts_and_other_targets():
         ("--gpu h2000", "did you mean h200?"),
         ("--model vit_hug", "unknown model 'vit_hug'; did you mean vit_huge?"),
         ("--config in1k", "no such configuration file; shipped ones are"),
-        ("--patch-size 15", "--patch-size 15 does not divide --crop-size 224; 14 and 16 do"),
+        ("--patch-size 15", "mask.patch_size=15 does not divide data.crop_size=224; 14 and 16 do"),
         ("--gpus 0", "--gpus must be at least 1, got 0"),
         ("--gpus-per-node 0", "--gpus-per-node must be at least 1"),
         ("--batch-size -3", "--batch-size must be at least 1, got -3"),
@@ -200,6 +236,9 @@ def test_two_contexts_and_other_targets():
         ("--implementation eager --masking ragged", "--masking ragged needs --implementation fastjepa"),
         ("--images 100", "fewer than one step takes"),
         ("--min-keep 100", "no mask is possible"),
+        ("meta.use_bfloat16=false", "meta.use_bfloat16 must be true"),
+        ("runtime.acumulate=2", "unknown key runtime.acumulate; did you mean accumulate?"),
+        ("--batch-size 96 runtime.accumulate=5", "runtime.accumulate=5 does not divide data.batch_size=96"),
         ("--pred-emb-dim 100", "num_heads=16 does not divide the width 100"),
         ("--measured {old}", "has version 0, and 1 is read here"),
         ("--measured nothing.json", "nothing.json: No such file"),

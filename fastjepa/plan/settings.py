@@ -1,0 +1,44 @@
+"""What of a configuration's `runtime` changes the cost of a step of ours."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastjepa.config import Config
+
+
+class Settings(NamedTuple):
+    """As the keys of `runtime` with these names.
+
+    >>> Settings.of_row("fastjepa ragged, checkpointing")
+    Settings(narrow_stream=False, activation_checkpointing=True, accumulate=1)
+    """
+
+    narrow_stream: bool = False
+    activation_checkpointing: bool = False
+    accumulate: int = 1
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        """Those of a configuration."""
+        return cls(*(getattr(config.runtime, name) for name in cls._fields))
+
+    @property
+    def words(self) -> list[str]:
+        """Those that are not as in a configuration that says nothing of them."""
+        parts = [f"{self.accumulate} parts"] if self.accumulate > 1 else []
+        on = (self.narrow_stream, "narrow stream"), (self.activation_checkpointing, "checkpointing")
+        return [*(name for is_on, name in on if is_on), *parts]
+
+    @classmethod
+    def of_row(cls, name: str) -> Settings:
+        """Those of a row of the `step` and `count` suites, which says them behind a comma."""
+        return NAMED.get(name.partition(", ")[2], PLAIN)
+
+
+PLAIN = Settings()
+NAMED = {
+    "narrow stream": Settings(narrow_stream=True),
+    "checkpointing": Settings(activation_checkpointing=True),
+    "4 parts": Settings(accumulate=4),
+}
