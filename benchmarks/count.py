@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.counter import KINDS, Counter, CudaAutocast, Event, Held, kernel_path, replaced
 from benchmarks.inductor import scheduled
 from benchmarks.laps import PARTS, Laps, _borders
-from benchmarks.step import MOMENTUM, SET, USUAL, Work, add_rows, build, is_ragged
+from benchmarks.step import MOMENTUM, SET, USUAL, Work, add_rows, build, in_equal_parts, is_ragged
 from benchmarks.tables import columns
 from benchmarks.ways import Compiled, Eager, Fast, Masks, Way, naive_models
 from fastjepa import Ragged
@@ -242,6 +242,8 @@ def _row(work: Work, name: str) -> dict[str, Any]:
         "predictor_depth": work.predictor[1],
         "context_tokens": float(context.sum()) / work.batch,
     }
+    if not in_equal_parts(work, name):
+        return row | {"absent": f"{work.batch} images cannot be taken in equal parts"}
     try:
         parts, held = _count(work, name)
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:

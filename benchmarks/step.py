@@ -234,6 +234,11 @@ def build(work: Work, name: str) -> Way:
     return FASTS[name](model, work.bf16)
 
 
+def in_equal_parts(work: Work, name: str) -> bool:
+    """Whether the images of a batch can be taken as a row has it."""
+    return work.batch % Settings.of_row(name).accumulate == 0
+
+
 def is_ragged(name: str) -> bool:
     """Whether the way of a row takes `Ragged` masks."""
     return name.startswith("fastjepa ragged")
@@ -303,6 +308,9 @@ def _checked(work: Work, row: dict, exact: tuple[float, list[Tensor]], allowed: 
     """
     if row["row"] != "eager" and not allowed:
         row["absent"] = "eager fails, whose error is the yardstick of all rows' errors; fewer images may help"
+        return None
+    if not in_equal_parts(work, row["row"]):
+        row["absent"] = f"{work.batch} images cannot be taken in equal parts"
         return None
     try:
         way = build(work, row["row"])

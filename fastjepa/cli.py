@@ -178,7 +178,9 @@ def _add_pack(tasks: argparse._SubParsersAction) -> None:
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     """The options of `plan`; None where nothing is asked for."""
     plan.description = "Plan a run by a written model, and say of each figure what it rests on."
-    plan.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="as of train")
+    plan.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="as of train, all of them in one place"
+    )
     plan.add_argument("--config", metavar="YAML", help="a file or a shipped name: all that a run is told")
     plan.add_argument("--model", metavar="NAME", help="default: vit_huge, or the configuration's")
     plan.add_argument("--patch-size", type=int, metavar="PIXELS", help="default: 14 for vit_huge, else 16")
@@ -368,6 +370,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from fastjepa import plan
 
+    if arguments.overrides and (arguments.check or arguments.field):
+        raise ValueError(f"--check and --field plan no run: leave out {' '.join(arguments.overrides)}")
     if arguments.check:
         found = plan.check(plan.steps_of(plan.read_runs(arguments.measured or plan.PACKAGED)))
         if arguments.json:

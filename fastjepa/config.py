@@ -188,7 +188,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path}: a configuration has sections {', '.join(SECTIONS)}, this file holds {_kind(tree)}")
     for item in overrides:
         _override(tree, item)
-    return parse_config(tree, str(path))
+    return parse_config(tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> Config:

@@ -62,8 +62,9 @@ class Stack(nn.Module):
 def set_activation_checkpointing(model: nn.Module, on: bool = True) -> int:
     """Have every encoder and predictor of one live model keep only the inputs of its blocks; gives their number.
 
-    What the backward pass needs of a block's inside is computed again there, all of it but the MLP's last product: two
-    ninths more work in what is trained, and the same numbers. The target encoder keeps nothing either way.
+    What the backward pass needs of a block's inside is computed again there, up to the MLP's last product: two ninths
+    more work in what is trained (a third where something is dropped behind it), and the same numbers. The target
+    encoder keeps nothing either way.
 
     Source: Chen et al. 2016 (arXiv 1604.06174).
     """

@@ -93,7 +93,7 @@ class Step:
         flops, trained = self.models.flops, 4 if self.settings.activation_checkpointing else 3
         layers = {"target": flops.encoder.layers, "context": trained * flops.encoder.layers}
         layers |= {"predictor": trained * flops.predictor.layers}
-        return self.settings.accumulate * layers[part] if part in layers else 1
+        return layers.get(part, 1) * (1 if part == "optimizer" else self.settings.accumulate)
 
     @property
     def launches(self) -> int:

@@ -171,7 +171,7 @@ def images_per_core(runs: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
 def unlikeness(measured: Measured, step: Step, part: str, row: str) -> float:
     """Of a measured row and `part` of a step that is called `row`, by which a row's weight falls: 0 of the very same.
 
-    Width and number of tokens differ as logarithms, the width counting twice; another name of a row counts 1.
+    Width and tokens taken at once differ as logarithms, the width counting twice; another name of a row counts 1.
     """
     (width, tokens), (w, t) = _size(step, part), _size(measured.step, part)
     return 2 * abs(math.log(w / width)) + abs(math.log(t / tokens)) + (measured.row != row)
@@ -195,13 +195,13 @@ def fitted(rows: Sequence[Measured], step: Step, part: str, row: str) -> tuple[f
 
 
 def _size(step: Step, part: str) -> tuple[float, float]:
-    tokens = step.batch.tokens
+    tokens, parts = step.batch.tokens, step.settings.accumulate
     wide, narrow = step.encoder.width, step.predictor.width
     return {
-        "target": (wide, step.patches),
-        "context": (wide, tokens.context),
-        "predictor": (narrow, tokens.pairs),
-        "loss": (wide, tokens.predicted),
+        "target": (wide, step.patches / parts),
+        "context": (wide, tokens.context / parts),
+        "predictor": (narrow, tokens.pairs / parts),
+        "loss": (wide, tokens.predicted / parts),
         "optimizer": (step.models.parameters, 1.0),
     }[part]
 

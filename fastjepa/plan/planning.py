@@ -67,7 +67,7 @@ class Order:
             if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(f"--{option} must be above 0, got {rate:g}")
         if not self.config.meta.use_bfloat16:
-            raise ValueError("meta.use_bfloat16 must be true: of the GPUs, the planner knows what they reach in bf16")
+            raise ValueError("only bf16 is planned, whose rates the planner knows: add meta.use_bfloat16=true")
         if self.images < self.global_batch:
             raise ValueError(
                 f"--images {self.images} are fewer than one step takes: {self.gpus} GPUs of "
@@ -110,8 +110,13 @@ class Order:
     @property
     def left_out(self) -> list[str]:
         """Keys of the configuration that change a step of ours, and of which the plan knows nothing."""
-        runtime, ours = self.config.runtime, self.implementation == "fastjepa"
-        found = {"runtime.fp8_target": runtime.fp8_target, "runtime.shard": runtime.shard}
+        runtime, ours, several = self.config.runtime, self.implementation == "fastjepa", self.gpus > 1
+        found = {
+            "runtime.fp8_target": runtime.fp8_target,
+            "runtime.shard": runtime.shard and several,
+            "runtime.cuda_graphs": runtime.cuda_graphs and several,
+            "runtime.attention": runtime.attention not in ("auto", "triton"),
+        }
         return [name for name, on in found.items() if on and ours]
 
     @property
@@ -211,7 +216,7 @@ def _plan(
     hours = order.steps * seconds / 3600
     flops = sum(flops.total for flops in models.flops.parts(batches.mean.tokens).values()) / batch_size
     rate = batch_size / seconds
-    memory = largest(step, batches.drawn, order.graphs)
+    memory = largest(step, batches.drawn, order.graphs, order.gpus > 1)
     watts, watts_basis = _watts(order, step, row, rows)
     timing = _timing(found, exchange)
     figures = {
@@ -257,7 +262,7 @@ def _plan(
 
 
 def largest_batch(order: Order, models: Models, ragged: bool) -> int:
-    """The most images that fit on a GPU, to about one in fifty; 0 where one does not.
+    """The most images that fit on a GPU and fill equal parts, to about one in fifty; 0 where none do.
 
     Beyond `MANY` images a batch is taken to be that many times one of `MANY`, which what is cut to the shortest is not
     more than.
@@ -268,7 +273,7 @@ def largest_batch(order: Order, models: Models, ragged: bool) -> int:
         some = min(count, MANY)
         batches = [batch.times(count / some) for batch in draw(order.config, some, ragged, FEWEST).drawn]
         step = Step(models, batches[0], order.implementation, settings=order.settings)
-        return largest(step, batches, order.graphs).peak <= room
+        return largest(step, batches, order.graphs, order.gpus > 1).peak <= room
 
     low, high = 0, 1
     while high <= MOST_IMAGES and fits(high):
@@ -276,7 +281,7 @@ def largest_batch(order: Order, models: Models, ragged: bool) -> int:
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return low - low % order.settings.accumulate
 
 
 def _timing(found: dict[str, Part], exchange: Communication) -> str:

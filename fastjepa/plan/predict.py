@@ -122,7 +122,7 @@ def communication(
         link, rate = "the network between nodes", outside
         source = "given: --network-gb-per-s" if network is not None else f"assumed: {assumed.NETWORK[chip.name].source}"
     reached = assumed.LINK_SHARE.value * rate
-    last = min(1.0, assumed.BUCKET.value / gradients)
+    last = min(1.0, assumed.BUCKET.value / (WIDE * step.models.parameters))  # they are cut before they are rounded
     seconds = moved / reached
     exposed = max(last * seconds, seconds - behind)
     return Communication(

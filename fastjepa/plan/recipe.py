@@ -32,9 +32,9 @@ SETTINGS = {
 def recipe(config: str | None = None, asked: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration `config` (a file or a shipped name; the official ViT-H/14 where None) with what is asked for.
 
-    asked: by the names in `SETTINGS`, None where nothing is. Without a `config`, a model that is asked for brings its
-    published patch size (14 for vit_huge, else 16) and predictor depth (12 from vit_large on, else 6).
-    overrides: `section.key=value`, as `load_config` takes them.
+    asked: by the names in `SETTINGS`, None where nothing is; it goes before `overrides`, `section.key=value` as
+    `load_config` takes them. Without a `config`, a model that is asked for brings its published patch size (14 for
+    vit_huge, else 16) and predictor depth (12 from vit_large on, else 6), which both go before.
 
     Raises:
         ValueError: a model, file or setting that will not do; says what would.
@@ -45,11 +45,12 @@ def recipe(config: str | None = None, asked: Mapping[str, Any] | None = None, ov
         near = difflib.get_close_matches(model, ENCODERS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENCODERS)}"
         raise ValueError(f"--model: unknown model {model!r}; {hint}")
+    published = {}
     if config is None and model is not None:
         deep = model in ("vit_large", "vit_huge", "vit_giant")
-        given = {"patch_size": 14 if model == "vit_huge" else 16, "pred_depth": 12 if deep else 6} | given
+        published = {"patch_size": 14 if model == "vit_huge" else 16, "pred_depth": 12 if deep else 6}
     for name in ("batch_size", "crop_size", "patch_size", "pred_depth", "pred_emb_dim", "epochs", "nenc", "npred"):
         if given.get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {given[name]}")
-    words = [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in given.items()]
-    return load_config(config or DEFAULT, [*overrides, *words])
+    first, last = ([f"{SETTINGS[name]}={json.dumps(value)}" for name, value in d.items()] for d in (published, given))
+    return load_config(config or DEFAULT, [*first, *overrides, *last])

@@ -100,6 +100,12 @@ def test_what_settings_save_is_what_the_documents_tables_have():
             assert floors == [" / ".join(f"{1e3 * f[gpu]:.0f}" for f in found) for gpu in budget.CHIPS]
         seen += 1
     assert seen == 4
+    readme = DOCUMENT.parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    usual, parts, again = (
+        float(counted[f"fastjepa truncated{name}"][places["peak GiB"]]) for name in ("", ", 4 parts", ", checkpointing")
+    )
+    assert f"by count {1 - parts / usual:.0%} less memory than in one".replace("%", " %") in readme
+    assert f"by count {1 - again / usual:.0%} less memory".replace("%", " %") in readme
 
 
 def test_a_document_without_markers(tmp_path, capsys):

@@ -300,6 +300,13 @@ def test_what_is_computed_again(part: str):
     assert total(again, "flops", "gemm") == pytest.approx(total(plain, "flops", "gemm") * (1 + 16 / 72))
 
 
+def test_a_batch_that_has_no_equal_parts_is_said():
+    plain, parts = count.measure(replace(SMALL, batch=6), [OURS[0], f"{OURS[0]}, 4 parts"])
+    assert plain["launches"] > 0
+    assert parts["absent"] == "6 images cannot be taken in equal parts"
+    assert parts["absent"] in count.table([plain, parts])
+
+
 def test_settings_save_memory():
     """Checkpointing computes more, and is no fault; parts launch more, and their products are the same."""
     work = replace(SMALL, batch=32, sizes={"depth": 8}, predictor=(96, 6))

@@ -63,6 +63,12 @@ def test_rows_with_settings():
     assert all(row["ms"] > 0 and row["gradients_error"] < 1e-5 for row in found)
 
 
+def test_a_batch_that_has_no_equal_parts_is_said():
+    eager, ours = step.measure(SMALL, 1, ["eager", "fastjepa truncated, 4 parts"])
+    assert eager["ms"] > 0
+    assert ours["absent"] == "3 images cannot be taken in equal parts"
+
+
 def test_a_setting_is_on():
     model = step.build(SMALL, "fastjepa ragged, checkpointing").model
     assert model.encoder.recompute

@@ -19,6 +19,7 @@ from fastjepa.pairing import TargetRows
 from fastjepa.plan import Order, find_chip, recipe
 from fastjepa.plan.cost import Step
 from fastjepa.plan.layers import AUTOCAST, FP32
+from fastjepa.plan.measured import OURS
 from fastjepa.plan.memory import memory
 from fastjepa.plan.planning import MOST_IMAGES, largest_batch
 from fastjepa.plan.settings import Settings
@@ -132,7 +133,8 @@ def test_what_is_held_by_count_is_what_is_allocated():
 @pytest.mark.parametrize(
     ("name", "row"),
     [(name, row) for name in ("vit_small", "vit_large") for row in ("eager", "fastjepa truncated", "fastjepa ragged")]
-    + [("vit_large", row) for row in SET],
+    + [("vit_large", row) for row in SET]
+    + [(name, f"{row}, checkpointing") for name in ("vit_tiny", "vit_base") for row in OURS],
 )
 def test_peak_is_what_a_step_in_bf16_holds(name: str, row: str):
     """By the tensors that are there on the meta device, ours through its kernels: within 6 %."""

@@ -93,8 +93,11 @@ def test_what_a_configuration_sets_is_in_the_plan():
     assert usual["left_out"] == []
     held = parts["memory"]
     assert held["activations"] == pytest.approx(usual["memory"]["activations"] / 4, rel=1e-6)
-    assert held["earlier"] == held["gradients"]
+    assert held["earlier"] == held["buckets"] == 4 * sum(parts["parameters"].values())
+    assert usual["memory"]["earlier"] == 0
     assert parts["largest_batch"] > 2 * usual["largest_batch"]
+    thirds = planned("runtime.accumulate=3", "data.batch_size=96")
+    assert thirds["largest_batch"] % 3 == 0 < thirds["largest_batch"]
     assert parts["hours"] > usual["hours"]
     hidden = [2 / 3 * found["parts"]["context"]["seconds"] for found in (usual, parts)]
     assert usual["communication"]["hidden_behind"] == pytest.approx(hidden[0])
@@ -105,7 +108,8 @@ def test_what_a_configuration_sets_is_in_the_plan():
     assert again["parts"]["context"]["flops"] > 1.2 * usual["parts"]["context"]["flops"]
     assert again["flops_per_image"] == usual["flops_per_image"], "what the masks need"
     sent = planned("runtime.compress_gradients=true")["communication"]
-    assert sent["gradient_bytes"] == usual["communication"]["gradient_bytes"] / 2
+    for name in ("gradient_bytes", "seconds", "exposed_seconds"):
+        assert sent[name] == pytest.approx(usual["communication"][name] / 2)
     eager = plan(Order(recipe(None, None, ["runtime.accumulate=4"]), find_chip("h100"), 4, implementation="eager"))
     assert eager["settings"]["accumulate"] == 1, "settings are of ours"
     text = render(parts)
@@ -114,10 +118,33 @@ def test_what_a_configuration_sets_is_in_the_plan():
 
 
 def test_what_the_plan_knows_nothing_of_is_said():
-    for name in ("runtime.fp8_target", "runtime.shard"):
-        found = plan(Order(recipe(None, {"model": "vit_tiny"}, [f"{name}=true"]), find_chip("h100")), "truncated")
-        assert found["left_out"] == [name]
-        assert f"planned without: {name}\n" in render(found)
+    def left_out(override: str, gpus: int) -> list[str]:
+        found = plan(Order(recipe(None, {"model": "vit_tiny"}, [override]), find_chip("h100"), gpus), "truncated")
+        assert (f"planned without: {override.split('=')[0]}\n" in render(found)) == bool(found["left_out"])
+        return found["left_out"]
+
+    assert left_out("runtime.fp8_target=true", 1) == ["runtime.fp8_target"]
+    assert left_out("runtime.attention=sdpa", 1) == ["runtime.attention"]
+    for name in ("runtime.shard", "runtime.cuda_graphs"):
+        assert left_out(f"{name}=true", 2) == [name]
+        assert left_out(f"{name}=true", 1) == [], "it does nothing there, or is in the plan"
+
+
+def test_what_goes_before_what():
+    """An option before an override, an override before what a model brings, a model's before the configuration's."""
+    found = recipe(None, {"model": "vit_base", "batch_size": 64}, ["mask.patch_size=8", "data.batch_size=32"])
+    assert (found.mask.patch_size, found.meta.pred_depth, found.data.batch_size) == (8, 6, 64)
+    assert recipe(None, {"model": "vit_base", "patch_size": 32}, ["mask.patch_size=8"]).mask.patch_size == 32
+
+
+def test_several_gpus_hold_buckets_of_gradients():
+    one, two = (plan(replace(ORDER, gpus=gpus), "truncated") for gpus in (1, 2))
+    gradients = 4 * sum(one["parameters"].values())
+    assert (one["memory"]["buckets"], one["memory"]["gradients"]) == (0, gradients)
+    assert (two["memory"]["buckets"], two["memory"]["gradients"]) == (gradients, 0), "which lie in the buckets"
+    eager = plan(replace(ORDER, implementation="eager"))["memory"]
+    assert eager["buckets"] == eager["gradients"] == gradients
+    assert two["peak_memory_bytes"] == one["peak_memory_bytes"] + gradients
 
 
 def test_gradients_of_the_published_run(official: dict[str, Any]):
@@ -236,7 +263,8 @@ def test_two_contexts_and_other_targets():
         ("--implementation eager --masking ragged", "--masking ragged needs --implementation fastjepa"),
         ("--images 100", "fewer than one step takes"),
         ("--min-keep 100", "no mask is possible"),
-        ("meta.use_bfloat16=false", "meta.use_bfloat16 must be true"),
+        ("meta.use_bfloat16=false", "add meta.use_bfloat16=true"),
+        ("--check runtime.accumulate=4", "--check and --field plan no run: leave out runtime.accumulate=4"),
         ("runtime.acumulate=2", "unknown key runtime.acumulate; did you mean accumulate?"),
         ("--batch-size 96 runtime.accumulate=5", "runtime.accumulate=5 does not divide data.batch_size=96"),
         ("--pred-emb-dim 100", "num_heads=16 does not divide the width 100"),
