@@ -24,10 +24,8 @@ from benchmarks.ways import (
     Eager,
     Fast,
     FastGraphs,
-    FastInParts,
     FastRagged,
     FastRaggedGraphs,
-    FastRaggedInParts,
     Masks,
     Way,
     naive_models,
@@ -44,9 +42,7 @@ MOMENTUM = 0.996
 FEW = 4  # images at a time in fp64
 UNIT = {False: 1e-5, True: 4e-3}  # rounding in fp32 and in bf16, allowed where eager had luck
 WARMUP = 3  # steps: torch.compile takes two lengths of contexts to know that they vary
-FASTS: dict[str, type[Fast]] = {
-    way.name: way for way in (Fast, FastRagged, FastGraphs, FastRaggedGraphs, FastInParts, FastRaggedInParts)
-}
+FASTS: dict[str, type[Fast]] = {way.name: way for way in (Fast, FastRagged, FastGraphs, FastRaggedGraphs)}
 GRAPHS = ", graphs"  # how the names of rows from graphs end
 USUAL = ("eager", "compiled", "fastjepa truncated", "fastjepa ragged")
 SET = tuple(f"{row}, {name}" for row in USUAL[2:] for name in NAMED)  # with a setting of `runtime`
@@ -231,7 +227,9 @@ def build(work: Work, name: str) -> Way:
         if work.official is None:
             raise ValueError("the row official needs --official FOLDER, a checkout of the published code")
         return official(work.official, work.name, model, work.bf16)
-    return FASTS[name](model, work.bf16)
+    way = FASTS[name](model, work.bf16)
+    way.parts = work.settings.accumulate
+    return way
 
 
 def in_equal_parts(work: Work, name: str) -> bool:

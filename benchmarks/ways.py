@@ -23,7 +23,6 @@ from benchmarks.naive import Encoder, Predictor, take
 from fastjepa import IJEPA, Ragged
 from fastjepa.data import Batch
 from fastjepa.pairing import TargetRows
-from fastjepa.plan.settings import Settings
 from fastjepa.training.graphs import CudaRecorder, Part, Recorder, Result, StepGraphs
 from fastjepa.training.models import build_optimizer, parameter_groups
 
@@ -187,19 +186,44 @@ class _Border(nn.Module):
 
 
 class Fast(Way):
-    """fastjepa's models and optimizer, as `fastjepa train` runs them."""
+    """fastjepa's models and optimizer, as `fastjepa train` runs them.
+
+    Attributes:
+        parts: that a batch is taken in, one after the other, as `runtime.accumulate` has it.
+    """
 
     name = "fastjepa truncated"
+    parts = 1
 
     def __init__(self, model: IJEPA, bf16: bool = False):
         super().__init__((model.encoder, model.predictor), model.target_encoder, bf16)
         self.model, self.optimizer = model, build_optimizer(model, bf16)
 
     def inputs(self, masks_enc: Masks, masks_pred: Masks, images: int) -> tuple[Any, ...]:
-        """The masks, and which rows of the target encoder's output they name, worked out on the CPU."""
+        """The masks, and which rows of the target encoder's output they name, worked out on the CPU.
+
+        Of several parts a tuple of (images, share of the loss, these) for each.
+        """
         patches = self.model.encoder.patch_embed.num_patches
-        targets = TargetRows.build(masks_pred, images, patches).to(self.device)
-        return (*super().inputs(masks_enc, masks_pred, images), targets)
+        targets, none = TargetRows.build(masks_pred, images, patches), torch.empty(images)
+        parts = Batch(none, masks_enc, masks_pred, targets, none, patches).parts(self.parts)
+        moved = [(part.to(self.device), share) for part, share in parts]
+        found = [(len(part.images), share, (part.masks_enc, part.masks_pred, part.targets)) for part, share in moved]
+        return tuple(found) if self.parts > 1 else found[0][2]
+
+    def take(self, images: Tensor, inputs: tuple[Any, ...], mark: Callable[[str], None]) -> Tensor:
+        """Part by part; the loss of the batch."""
+        if self.parts == 1:
+            return super().take(images, inputs, mark)
+        losses, start = [], 0
+        for count, share, some in inputs:
+            loss = self.loss(images[start : start + count], *some) * share
+            mark("loss")
+            self.backward(loss)
+            mark("context")
+            losses.append(loss.detach())
+            start += count
+        return torch.stack(losses).sum()
 
     def objective(self, images: Tensor, *inputs: Any) -> Tensor:
         """`IJEPA.loss`."""
@@ -220,40 +244,6 @@ class FastRagged(Fast):
     """The same, with nothing cut."""
 
     name = "fastjepa ragged"
-    ragged = True
-
-
-class FastInParts(Fast):
-    """The same, each batch in parts, one after the other, as `runtime.accumulate` has it."""
-
-    name = "fastjepa truncated, 4 parts"
-    parts = Settings.of_row(name).accumulate
-
-    def inputs(self, masks_enc: Masks, masks_pred: Masks, images: int) -> tuple[Any, ...]:
-        """(images, share of the loss, what goes with them into the step) of each part."""
-        patches = self.model.encoder.patch_embed.num_patches
-        targets, none = TargetRows.build(masks_pred, images, patches), torch.empty(images)
-        parts = Batch(none, masks_enc, masks_pred, targets, none, patches).parts(self.parts)
-        count, build = images // self.parts, super().inputs
-        return tuple((count, share, build(part.masks_enc, part.masks_pred, count)) for part, share in parts)
-
-    def take(self, images: Tensor, inputs: tuple[Any, ...], mark: Callable[[str], None]) -> Tensor:
-        """Of one part after the other; the loss of the batch."""
-        losses, start = [], 0
-        for count, share, some in inputs:
-            loss = self.loss(images[start : start + count], *some) * share
-            mark("loss")
-            self.backward(loss)
-            mark("context")
-            losses.append(loss.detach())
-            start += count
-        return torch.stack(losses).sum()
-
-
-class FastRaggedInParts(FastInParts):
-    """The same, with nothing cut."""
-
-    name = "fastjepa ragged, 4 parts"
     ragged = True
 
 

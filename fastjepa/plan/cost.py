@@ -89,7 +89,7 @@ class Step:
         return sum(self.precision) if self.precision.mixed else 0
 
     def passes(self, part: str) -> int:
-        """Through a layer, forward one and backward two; loss and optimizer are one."""
+        """Through a layer by all parts of a batch, forward one and backward two; a loss and the optimizer are one."""
         flops, trained = self.models.flops, 4 if self.settings.activation_checkpointing else 3
         layers = {"target": flops.encoder.layers, "context": trained * flops.encoder.layers}
         layers |= {"predictor": trained * flops.predictor.layers}
