@@ -76,7 +76,8 @@ gpu: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -W ignore -m benchmarks step --model vit_huge --patch-size 14 --save
 	$(BIN)/python -W ignore -m benchmarks step --model vit_huge --patch-size 14 --save \
 	--row 'fastjepa truncated' --row 'fastjepa truncated, narrow stream' \
-	--row 'fastjepa truncated, checkpointing' --row 'fastjepa truncated, 4 parts'
+	--row 'fastjepa truncated, checkpointing' --row 'fastjepa truncated, predictor checkpointing' \
+	--row 'fastjepa truncated, 4 parts'
 	$(BIN)/python -W ignore -m benchmarks kernels --save
 
 clean:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -119,7 +119,7 @@ class RuntimeConfig:
     keep: int = 2  # newest checkpoints kept; every 50th epoch is kept besides
     attention: str = "auto"  # backend, as fastjepa.ops.ragged_attention takes it
     accumulate: int = 1  # parts that each batch is taken in, one after the other; it must divide data.batch_size
-    activation_checkpointing: bool = False  # compute a block's inside again in the backward pass, to save memory
+    activation_checkpointing: bool | Literal["predictor"] = False  # compute blocks again in backward, to save memory
     narrow_stream: bool = False  # under bf16 the residual stream is bf16 too: fewer bytes moved, more rounding
     cuda_graphs: bool = False  # steps launched whole, on one GPU that small models keep waiting; takes more memory
     fp8_target: bool = False  # the target encoder multiplies in 8 bits, on GPUs that can; its features are rounded more
@@ -285,9 +285,12 @@ def _has_default(f: Any) -> bool:
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and types.NoneType in options:
         return None
+    words = [word for o in options if typing.get_origin(o) is Literal for word in typing.get_args(o)]
+    if isinstance(value, str) and value in words:
+        return value
     kind = next(o for o in options if o is not types.NoneType)
     if kind == Pair:
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
@@ -307,7 +310,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {WORDS[kind]}, got {_shown(value)}")
+        raise ValueError(f"{name} must be {' or '.join([WORDS[kind], *words])}, got {_shown(value)}")
     if kind is float and value != value:
         raise ValueError(f"{name} must be a number, got {_shown(value)}")
     return value

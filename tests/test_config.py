@@ -118,6 +118,14 @@ def test_overrides(official):
         ("data.batch_size=0", r"data\.batch_size must be at least 1"),
         ("data.pin_mem=3", r"data\.pin_mem must be true or false"),
         ("runtime.profile=3", r"runtime\.profile must be true or false, got 3"),
+        (
+            "runtime.activation_checkpointing=encoder",
+            r"runtime\.activation_checkpointing must be true or false or predictor, got 'encoder'",
+        ),
+        (
+            "runtime.activation_checkpointing=3",
+            r"runtime\.activation_checkpointing must be true or false or predictor, got 3",
+        ),
         ("runtime.profiler=true", r"unknown key runtime\.profiler; did you mean profile"),
         ("optimization.lr=fast", r"optimization\.lr must be a number, got 'fast'"),
         ("optimization.lr=.nan", r"optimization\.lr must be a number"),

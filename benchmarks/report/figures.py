@@ -54,9 +54,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "fastjepa ragged, graphs": {"color": "#4f8fc9", "marker": "P", "linestyle": (0, (5, 1))},
     "fastjepa truncated, narrow stream": {"color": "#7fb88b", "marker": "<", "linestyle": (0, (1, 1))},
     "fastjepa truncated, checkpointing": {"color": "#3d7a4b", "marker": "p", "linestyle": (0, (5, 3))},
+    "fastjepa truncated, predictor checkpointing": {"color": "#5b8a72", "marker": "d", "linestyle": (0, (9, 2))},
     "fastjepa truncated, 4 parts": {"color": "#8fa37a", "marker": "h", "linestyle": (0, (3, 3))},
     "fastjepa ragged, narrow stream": {"color": "#6f9fd8", "marker": ">", "linestyle": (0, (1, 2))},
     "fastjepa ragged, checkpointing": {"color": "#274f85", "marker": "X", "linestyle": (0, (7, 2))},
+    "fastjepa ragged, predictor checkpointing": {"color": "#4a6fa0", "marker": "8", "linestyle": (0, (9, 4))},
     "fastjepa ragged, 4 parts": {"color": "#7a8fb0", "marker": "*", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
 }
 OTHER_WAY = {"color": "#555555", "marker": "x", "linestyle": (0, (1, 3))}

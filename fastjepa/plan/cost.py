@@ -90,9 +90,10 @@ class Step:
 
     def passes(self, part: str) -> int:
         """Through a layer by all parts of a batch, forward one and backward two; a loss and the optimizer are one."""
-        flops, trained = self.models.flops, 4 if self.settings.activation_checkpointing else 3
-        layers = {"target": flops.encoder.layers, "context": trained * flops.encoder.layers}
-        layers |= {"predictor": trained * flops.predictor.layers}
+        flops = self.models.flops
+        layers = {"context": flops.encoder.layers, "predictor": flops.predictor.layers}
+        layers = {part: (3 + self.settings.recomputes(part)) * count for part, count in layers.items()}
+        layers |= {"target": flops.encoder.layers}
         return layers.get(part, 1) * (1 if part == "optimizer" else self.settings.accumulate)
 
     @property
@@ -101,9 +102,11 @@ class Step:
 
         The `count` suite sees as many with lists of masks, and ten fewer for each part with `Ragged` ones.
         """
-        flops, (narrow, again, parts) = self.models.flops, self.settings
+        flops, settings, parts = self.models.flops, self.settings, self.settings.accumulate
         layers = flops.encoder.layers, flops.predictor.layers
-        each = 143 + 2 * again - narrow + (34 + 6 * again) * layers[0] + (26 + 6 * again) * layers[1]
+        context, predictor = (settings.recomputes(part) for part in ("context", "predictor"))
+        each = 143 + 2 * predictor - settings.narrow_stream
+        each += (34 + 6 * context) * layers[0] + (26 + 6 * predictor) * layers[1]
         if parts == 1:
             return each + 2
         gradients = 12 * sum(layers) + 11
@@ -165,15 +168,14 @@ class Step:
 
         That is all of a layer but its GELU and the product behind.
         """
-        if not (self.ours and self.settings.activation_checkpointing):
-            return {}
         tokens, flops = self.batch.tokens, self.models.flops
         context = tokens.context, tokens.context_squares, tokens.context
         pairs = tokens.pairs, tokens.pair_squares, tokens.predicted
-        return {
+        found = {
             "context": self._again(self.encoder, flops.encoder, *context),
             "predictor": self._again(self.predictor, flops.predictor, *pairs),
         }
+        return {part: cost for part, cost in found.items() if self.ours and self.settings.recomputes(part)}
 
     def _again(self, shape: Shape, tower: Tower, tokens: float, squares: float, last: float) -> Cost:
         hidden = shape.mlp_ratio * shape.width * ((tower.layers - 1) * tokens + last)

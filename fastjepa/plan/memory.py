@@ -81,11 +81,14 @@ def activations(step: Step) -> float:
     """Bytes of the images, and of what the forward pass kept of them for the backward pass."""
     tokens, flops, (stream, branch) = step.batch.tokens, step.models.flops, step.carried
     wide, narrow, predicted = step.encoder, step.predictor, tokens.predicted
-    depths = flops.encoder.layers, flops.predictor.layers
-    if step.settings.activation_checkpointing:  # layers' inputs
-        kept = (stream + branch) * (depths[0] * wide.width * tokens.context + depths[1] * narrow.width * tokens.pairs)
+    depths, inputs = (flops.encoder.layers, flops.predictor.layers), stream + branch  # a layer's
+    if step.settings.recomputes("context"):
+        kept = inputs * depths[0] * wide.width * tokens.context
     else:
         kept = depths[0] * layer_kept(step, "context")
+    if step.settings.recomputes("predictor"):
+        kept += inputs * depths[1] * narrow.width * tokens.pairs
+    else:
         kept += (depths[1] - 1) * layer_kept(step, "predictor") + layer_kept(step, "predictor", last=True)
     # Inputs of the last norms, and of the products behind them.
     kept += wide.width * (stream + branch) * tokens.context
@@ -126,9 +129,11 @@ def workspace(step: Step) -> float:
 
     encoder = of(step.encoder, tokens.context, tokens.context_squares)
     predictor = of(step.predictor, tokens.predicted if step.ours else tokens.pairs, tokens.pair_squares)
-    if not step.settings.activation_checkpointing:
+    if step.settings.recomputes("context"):
+        encoder += layer_kept(step, "context")
+    if not step.settings.recomputes("predictor"):
         return max(encoder, predictor)
-    found = [encoder + layer_kept(step, "context"), predictor + layer_kept(step, "predictor", last=True)]
+    found = [encoder, predictor + layer_kept(step, "predictor", last=True)]
     if step.models.flops.predictor.layers > 1:
         inputs = step.predictor.width * tokens.pairs * (stream + branch)
         whole = of(step.predictor, tokens.pairs, tokens.pair_squares)

@@ -15,7 +15,7 @@ class Settings(NamedTuple):
     """
 
     narrow_stream: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = False
     accumulate: int = 1
 
     @classmethod
@@ -26,9 +26,17 @@ class Settings(NamedTuple):
     @property
     def words(self) -> list[str]:
         """Those that are not as in a configuration that says nothing of them."""
-        parts = [f"{self.accumulate} parts"] if self.accumulate > 1 else []
-        on = (self.narrow_stream, "narrow stream"), (self.activation_checkpointing, "checkpointing")
-        return [*(name for is_on, name in on if is_on), *parts]
+        of = "" if self.activation_checkpointing is True else f"{self.activation_checkpointing} "
+        words = {
+            "narrow stream": self.narrow_stream,
+            f"{of}checkpointing": self.activation_checkpointing,
+            f"{self.accumulate} parts": self.accumulate > 1,
+        }
+        return [word for word, is_on in words.items() if is_on]
+
+    def recomputes(self, part: str) -> bool:
+        """Whether layers of a part that is trained ("context", "predictor") are taken forward again in backward."""
+        return self.activation_checkpointing is True or self.activation_checkpointing == part
 
     @classmethod
     def of_row(cls, name: str) -> Settings:
@@ -41,5 +49,6 @@ PLAIN = Settings()
 NAMED = {
     "narrow stream": Settings(narrow_stream=True),
     "checkpointing": Settings(activation_checkpointing=True),
+    "predictor checkpointing": Settings(activation_checkpointing="predictor"),
     "4 parts": Settings(accumulate=4),
 }

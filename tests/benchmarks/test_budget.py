@@ -85,6 +85,7 @@ def test_what_settings_save_is_what_the_documents_tables_have():
     places = {name: tables[0].index(name) for name in ("launches", "peak GiB")}
     settings = {"as it comes": "", "narrow_stream": ", narrow stream", "accumulate=4": ", 4 parts"}
     settings |= {"activation_checkpointing": ", checkpointing"}
+    settings |= {"activation_checkpointing=predictor": ", predictor checkpointing"}
     seen = 0
     for label, peaks, shares, launches, *floors in tables:
         if (setting := settings.get(label.strip("`"))) is None:
@@ -95,17 +96,19 @@ def test_what_settings_save_is_what_the_documents_tables_have():
         eager = float(counted["eager"][places["peak GiB"]])
         assert shares == " / ".join(f"{100 * gib / eager:.0f}" for gib in held) + " %"
         assert launches == " / ".join(cells[places["launches"]] for cells in rows)
-        if setting in (", narrow stream", ", checkpointing"):
+        if setting and setting != ", 4 parts":
             found = [budget.budget(HUGE, f"{row}{setting}")[-1]["floors"] for row in budget.ROWS]
             assert floors == [" / ".join(f"{1e3 * f[gpu]:.0f}" for f in found) for gpu in budget.CHIPS]
         seen += 1
-    assert seen == 4
+    assert seen == 5
     readme = DOCUMENT.parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    usual, parts, again = (
-        float(counted[f"fastjepa truncated{name}"][places["peak GiB"]]) for name in ("", ", 4 parts", ", checkpointing")
+    usual, parts, again, some = (
+        float(counted[f"fastjepa truncated{name}"][places["peak GiB"]])
+        for name in ("", ", 4 parts", ", checkpointing", ", predictor checkpointing")
     )
     assert f"by count {1 - parts / usual:.0%} less memory than in one".replace("%", " %") in readme
     assert f"by count {1 - again / usual:.0%} less memory".replace("%", " %") in readme
+    assert f"`predictor` has its blocks alone do so: {1 - some / usual:.0%} less".replace("%", " %") in readme
 
 
 def test_a_document_without_markers(tmp_path, capsys):

@@ -57,7 +57,8 @@ def test_rows(rows: list[dict]):
 
 def test_rows_with_settings():
     """Checked like the others; in parts, all gradients of the batch are."""
-    names = ["eager", "fastjepa truncated, checkpointing", "fastjepa ragged, 4 parts"]
+    names = ["eager", "fastjepa truncated, checkpointing", "fastjepa ragged, predictor checkpointing"]
+    names += ["fastjepa ragged, 4 parts"]
     found = step.measure(dataclasses.replace(SMALL, batch=4), 1, names)
     assert [row["row"] for row in found] == names
     assert all(row["ms"] > 0 and row["gradients_error"] < 1e-5 for row in found)
@@ -74,6 +75,9 @@ def test_a_setting_is_on():
     assert model.encoder.recompute
     assert model.target_encoder.recompute
     assert not model.encoder.narrow_stream
+    model = step.build(SMALL, "fastjepa ragged, predictor checkpointing").model
+    assert model.predictor.recompute
+    assert not model.encoder.recompute
     assert step.build(SMALL, "fastjepa truncated, narrow stream").model.predictor.narrow_stream
     assert not step.build(SMALL, "fastjepa truncated").model.encoder.recompute
 

@@ -78,15 +78,17 @@ def test_blocks_may_be_replaced():
 @pytest.mark.parametrize("ragged", [False, True])
 def test_activation_checkpointing_changes_no_number(ragged: bool, kernels: bool, drops: dict[str, float]):
     model, inputs = tiny(**drops), batch(ragged)
-    other = copy.deepcopy(model)
+    other, part = copy.deepcopy(model), copy.deepcopy(model)
     assert set_activation_checkpointing(other) == 3
+    assert set_activation_checkpointing(part, "predictor") == 1
     results = []
     with as_on_a_gpu() if kernels else nullcontext():
-        for each in (model, other):
+        for each in (model, other, part):
             torch.manual_seed(1)
             loss = each.loss(*inputs)
             results.append((loss.detach(), gradients(each, loss)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
     assert set_activation_checkpointing(other, False) == 3
 
 
@@ -106,7 +108,21 @@ def test_activation_checkpointing_keeps_less():
     model, inputs = tiny(), batch(True)
     whole = kept(model)
     set_activation_checkpointing(model)
-    assert kept(model) < whole / 3
+    least = kept(model)
+    assert least < whole / 3
+    set_activation_checkpointing(model, "predictor")
+    assert (model.encoder.recompute, model.target_encoder.recompute, model.predictor.recompute) == (False, False, True)
+    assert least < kept(model) < 0.9 * whole
+
+
+def test_activation_checkpointing_of_what_is_not_there():
+    model = tiny()
+    set_activation_checkpointing(model)
+    for module, wish in ((model, "encoder"), (model, ""), (model.encoder, "predictor")):
+        with pytest.raises(ValueError, match='give True, False, or "predictor"'):
+            set_activation_checkpointing(module, wish)
+    assert model.encoder.recompute
+    assert model.predictor.recompute, "nothing is changed"
 
 
 def test_a_narrow_stream_is_autocasts(monkeypatch):

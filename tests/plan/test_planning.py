@@ -103,7 +103,14 @@ def test_what_a_configuration_sets_is_in_the_plan():
     assert usual["communication"]["hidden_behind"] == pytest.approx(hidden[0])
     assert parts["communication"]["hidden_behind"] == pytest.approx(hidden[1] / 4), "the last part's alone"
     again, narrow = planned("runtime.activation_checkpointing=true"), planned("runtime.narrow_stream=true")
-    assert again["peak_memory_bytes"] < narrow["peak_memory_bytes"] < usual["peak_memory_bytes"]
+    some = planned("runtime.activation_checkpointing=predictor")
+    assert some["settings"]["activation_checkpointing"] == "predictor"
+    assert again["peak_memory_bytes"] < some["peak_memory_bytes"] < narrow["peak_memory_bytes"]
+    assert narrow["peak_memory_bytes"] < usual["peak_memory_bytes"]
+    assert usual["hours"] < some["hours"] < again["hours"]
+    assert some["parts"]["context"]["flops"] == usual["parts"]["context"]["flops"]
+    assert some["parts"]["predictor"]["flops"] == again["parts"]["predictor"]["flops"]
+    assert "fastjepa, predictor checkpointing\n" in render(some)
     assert narrow["hours"] < usual["hours"] < again["hours"]
     assert again["parts"]["context"]["flops"] > 1.2 * usual["parts"]["context"]["flops"]
     assert again["flops_per_image"] == usual["flops_per_image"], "what the masks need"

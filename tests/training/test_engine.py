@@ -62,13 +62,24 @@ def test_resume_is_exact(pictures, tmp_path, changes, stop):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("change", [{"accumulate": 2}, {"accumulate": 4}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulate": 2},
+        {"accumulate": 4},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": "predictor"},
+    ],
+)
 def test_a_batch_in_parts_or_with_less_kept_is_the_same_run(pictures, tmp_path, ragged, change):
     def run(name, **runtime):
         settings = {"progress": False, "device": "cpu", "stop_after": 4, **runtime}
         return train(tiny_config(pictures, tmp_path / name, mask={"ragged": ragged}, runtime=settings))
 
     whole, parts = run("whole"), run("parts", **change)
+    again = change.get("activation_checkpointing", False)
+    assert parts.model.predictor.recompute == bool(again)
+    assert parts.model.encoder.recompute == (again is True)
     assert [row["loss"] for row in parts.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-5)
     states = whole.model.state_dict(), parts.model.state_dict()
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)

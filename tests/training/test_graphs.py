@@ -259,7 +259,13 @@ def test_graphs_are_for_a_gpu(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "value"), [("profile", True), ("activation_checkpointing", True), ("attention", "xformers")]
+    ("other", "value"),
+    [
+        ("profile", True),
+        ("activation_checkpointing", True),
+        ("activation_checkpointing", "predictor"),
+        ("attention", "xformers"),
+    ],
 )
 def test_what_cannot_go_with_graphs(pictures, tmp_path, other, value):
     config = tiny_config(pictures, tmp_path).to_dict()
