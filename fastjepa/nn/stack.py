@@ -76,7 +76,8 @@ def set_activation_checkpointing(model: nn.Module, on: bool | str = True) -> int
         return _set(model, "recompute", on)
     predictor = getattr(model, "predictor", None)
     if on != "predictor" or not isinstance(predictor, Stack):
-        raise ValueError(f'give True, False, or "predictor" for a model that has one; got {on!r} for {type(model).__name__}')
+        name = type(model).__name__
+        raise ValueError(f'give True, False, or "predictor" for a model that has one; got {on!r} for {name}')
     _set(model, "recompute", False)
     return _set(predictor, "recompute", True)
 
