@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastjepa import pairing, ragged
-from fastjepa.nn import linear, norm, stack
+from fastjepa.nn import linear, norm, norm_linear, stack
 from fastjepa.ops import checks, library, rows
 from fastjepa.optim import AdamWEMA
 
@@ -57,6 +57,7 @@ THROUGH = {
     "_jepa_loss_fwd_kernel": {"features_ptr": "rows_ptr"},
     "_place_kernel": {"order_ptr": "rows_ptr"},
 }
+OVER = {"_layer_norm_bwd_kernel": "y_ptr"}  # may lie over what is read, and is written nevertheless
 PRODUCTS = {"_attention_fwd_kernel": 2, "both": 7, "queries": 3, "keys": 4}  # of attention, in a kernel or a pass of it
 
 
@@ -128,7 +129,9 @@ class Counter(TorchDispatchMode):
         """
         through = THROUGH.get(name, {})
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        moved = sum(map(touched, _distinct([tensor for key, tensor in tensors.items() if key not in through])))
+        once = [tensor for key, tensor in tensors.items() if key not in (*through, OVER.get(name))]
+        moved = sum(map(touched, _distinct(once)))
+        moved += sum(touched(tensor) for key, tensor in tensors.items() if key == OVER.get(name))
         for key, index in through.items():
             if key in tensors:
                 size = touched(tensors[key])
@@ -305,7 +308,8 @@ class CudaAutocast(TorchFunctionMode):
     def __enter__(self):
         """Our own operations, which ask for autocast's dtype themselves, get this one's; layers computed again, too."""
         narrow, again = lambda device, dtype: torch.bfloat16, partial(checkpoint, context_fn=_again)
-        changes: list[tuple[Any, str, Any]] = [(m, "linear_dtype", narrow) for m in (rows, norm, linear, stack)]
+        askers = rows, norm, linear, norm_linear, stack
+        changes: list[tuple[Any, str, Any]] = [(module, "linear_dtype", narrow) for module in askers]
         self._stack = ExitStack()
         self._stack.enter_context(replaced([*changes, (stack, "checkpoint", again)]))
         return super().__enter__()

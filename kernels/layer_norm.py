@@ -10,13 +10,15 @@ sums in a fixed order. Statistics and sums are fp32. Every table may have its ow
 bf16 beside an fp32 residual, s and weight, with no cast outside. Where x and residual differ in dtype the backward
 writes ds_total once in each.
 
+For whoever did not keep them the backward writes y once more, and takes x and residual in the place of s.
+
 Legend: T rows (tokens), D width, P programs. A row's columns are pieces of BLOCK_D, all of them in registers.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,10 +62,12 @@ def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int, mixed: bool
 
     A lane keeps three values for each of its columns (row, dweight, dbias), so it is given fewer than in forward.
     `mixed`: the rows are wider than `dtype`, the narrowest of the tables'. Of more than 1280 columns they have eight
-    warps, since Triton 3.6 spills two registers of four.
+    warps, of at most 192 on sm80 half a tile, since Triton 3.6 spills two and four registers of what they would have.
     """
     num_warps = 8 if mixed and width > 1280 else 4
     config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=num_warps)
+    if mixed and width <= 192 and arch == 80:
+        config = replace(config, block_t=max(1, config.block_t // 2))
     columns = cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
     resident = 3 if columns <= 24 and not mixed else 2  # groups of four warps, by registers: at most 168 and 248 a lane
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
@@ -128,21 +132,27 @@ def _layer_norm_fwd_kernel(
 def _layer_norm_bwd_kernel(
     dy_ptr,  # [T, D]
     ds_ptr,  # [T, D]
-    s_ptr,  # [T, D]
+    s_ptr,  # [T, D]: x where HAS_RESIDUAL
+    residual_ptr,  # [T, D] where HAS_RESIDUAL
     weight_ptr,  # [D]
+    bias_ptr,  # [D] where HAS_Y
     mean_ptr,  # [T]
     rstd_ptr,  # [T]
     dx_ptr,  # [T, D]
     dresidual_ptr,  # [T, D] where SPLIT
+    y_ptr,  # [T, D] where HAS_Y; may be dy_ptr
     part_ptr,  # [P, 2, D]: dweight, dbias of each program
     n_rows,
     stride_dy_row,
     stride_ds_row,
     stride_s_row,
+    stride_residual_row,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_DS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_Y: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     PIECES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -162,7 +172,11 @@ def _layer_norm_bwd_kernel(
         for i in tl.static_range(PIECES):
             cols = (i * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
             keep = row_keep & (cols < D)
-            s += (tl.load(s_ptr + row[:, None] * stride_s_row + cols, mask=keep, other=0.0),)
+            piece = tl.load(s_ptr + row[:, None] * stride_s_row + cols, mask=keep, other=0.0)
+            if HAS_RESIDUAL:
+                other = tl.load(residual_ptr + row[:, None] * stride_residual_row + cols, mask=keep, other=0.0)
+                piece = piece.to(tl.float32) + other.to(tl.float32)
+            s += (piece,)
             dy += (tl.load(dy_ptr + row[:, None] * stride_dy_row + cols, mask=keep, other=0.0),)
         g_sum = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
         gx_sum = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
@@ -193,6 +207,9 @@ def _layer_norm_bwd_kernel(
             tl.store(dx_ptr + row[:, None] * D + cols, dx, mask=keep)
             if SPLIT:
                 tl.store(dresidual_ptr + row[:, None] * D + cols, dx, mask=keep)
+            if HAS_Y:
+                bias = tl.load(bias_ptr + spread, mask=spread < D, other=0.0).to(tl.float32)
+                tl.store(y_ptr + row[:, None] * D + cols, xhat * weight + bias, mask=keep)
     for i in tl.static_range(PIECES):
         cols = i * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(part_ptr + pid * 2 * D + cols, tl.sum(dw[i], axis=0), mask=cols < D)
@@ -246,24 +263,31 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     dy: Tensor,
     ds: Tensor | None,
-    s: Tensor,
+    s: Tensor | tuple[Tensor, Tensor],
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     x_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [T, D], dresidual [T, D], dweight [D], dbias [D]); dresidual is dx itself where their dtypes agree.
 
-    x_dtype and residual_dtype are s's unless given.
+    s may be a pair (x, residual) whose dtypes differ. x_dtype and residual_dtype are s's (theirs) unless given. With
+    `bias`, y [T, D], contiguous, is given the values of the forward pass again; it may be dy itself.
     """
+    s, residual = (s, None) if isinstance(s, Tensor) else s
     n_rows, width = s.shape
-    x_dtype, residual_dtype = x_dtype or s.dtype, residual_dtype or s.dtype
+    x_dtype, residual_dtype = x_dtype or s.dtype, residual_dtype or (s if residual is None else residual).dtype
+    assert residual is None or residual.dtype != s.dtype  # so that their sum is fp32
+    s_dtype = s.dtype if residual is None else torch.float32
     narrow = _narrowest(dy.dtype, s.dtype, x_dtype, residual_dtype)
-    config = layer_norm_bwd_config(width, narrow, arch_of(s.device), narrow != s.dtype)
+    config = layer_norm_bwd_config(width, narrow, arch_of(s.device), narrow != s_dtype)
     programs = min(cdiv(n_rows, config.block_t), config.programs)
-    dy = row_major(dy)
+    dy, s = row_major(dy), row_major(s)
     ds = None if ds is None else row_major(ds)
+    residual = None if residual is None else row_major(residual)
     split = x_dtype != residual_dtype
     dx = torch.empty((n_rows, width), dtype=x_dtype, device=s.device)
     dresidual = torch.empty((n_rows, width), dtype=residual_dtype, device=s.device) if split else dx
@@ -273,20 +297,26 @@ def layer_norm_bwd(
             dy_ptr=dy,
             ds_ptr=ds,
             s_ptr=s,
+            residual_ptr=residual,
             weight_ptr=weight,
+            bias_ptr=bias,
             mean_ptr=mean,
             rstd_ptr=rstd,
             dx_ptr=dx,
             dresidual_ptr=dresidual if split else None,
+            y_ptr=y,
             part_ptr=part,
             n_rows=n_rows,
             stride_dy_row=dy.stride(0),
             stride_ds_row=0 if ds is None else ds.stride(0),
             stride_s_row=s.stride(0),
+            stride_residual_row=0 if residual is None else residual.stride(0),
             D=width,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
             HAS_DS=ds is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_Y=y is not None,
             SPLIT=split,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -361,11 +391,13 @@ def add_layer_norm_cost(
     residual_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    again: str = "",
 ) -> Cost:
     """Forward: read x (and residual), write y (and s). Backward: read s, dy and ds, write dx (and dresidual).
 
     `dtype` is x's and that of the residual and the weight unless given; y has s's. One gradient serves x and the
-    residual where their dtypes agree; without a residual no gradient of s is counted.
+    residual where their dtypes agree; without a residual no gradient of s is counted. `again`, what the backward makes
+    again: "y", which it writes too, or "y, s", for which it reads x and the residual and not s.
     """
     residual_dtype, weight_dtype = residual_dtype or dtype, weight_dtype or dtype
     s_dtype = wider(dtype, residual_dtype) if residual else dtype
@@ -373,7 +405,8 @@ def add_layer_norm_cost(
     entries, ones = tokens * width, width * weight_dtype.itemsize
     if backward:
         each = s + y + x + (s if residual else 0) + (other if residual and residual_dtype != dtype else 0)
-        return Cost(each * entries + 8 * tokens + 3 * ones, 16 * entries, 2)
+        each += (y if again else 0) + (x if "s" in again else 0)
+        return Cost(each * entries + 8 * tokens + (4 if again else 3) * ones, (18 if again else 16) * entries, 2)
     each = x + y + (other + s if residual else 0)
     return Cost(each * entries + 8 * tokens + 2 * ones, 9 * entries, 1)
 
@@ -418,7 +451,7 @@ class _Tables(NamedTuple):
 def compile_cases(arch: int) -> list[CompileCase]:
     """Every shipped configuration: with a residual and without, of one dtype and as under autocast, where 16-bit x and
     y go beside an fp32 or a 16-bit residual, and the last norm of a model may give fp32. Nothing but y follows a last
-    norm, so that its backward has no gradient of s to add."""
+    norm, so that its backward has no gradient of s to add. A norm that a product follows makes y again."""
     wide, narrow = torch.float32, (torch.bfloat16, torch.float16)
     kinds = [_Tables(d, d, d, d) for d in DTYPES] + [_Tables(wide, None, d, wide) for d in DTYPES]
     kinds += [_Tables(torch.bfloat16, r, torch.bfloat16, wide) for r in (torch.bfloat16, None)]
@@ -428,6 +461,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
         cases += [_forward_case(arch, width, kind) for kind in (*kinds, *within, *last)]
         cases += [_backward_case(arch, width, kind, kind.residual is not None) for kind in (*kinds, *within)]
         cases += [_backward_case(arch, width, kind, False) for kind in (*within, *last)]
+        cases += [_backward_case(arch, width, kind, True, "y") for kind in (*kinds, *within)]
+        cases += [_backward_case(arch, width, kind, True, "y, s") for kind in within]
     return cases
 
 
@@ -440,12 +475,19 @@ def _forward_case(arch: int, width: int, tables: _Tables) -> CompileCase:
     return row_case("layer_norm_fwd", tables.label(width), _layer_norm_fwd_kernel, signature, config, **constexprs)
 
 
-def _backward_case(arch: int, width: int, tables: _Tables, has_ds: bool) -> CompileCase:
+def _backward_case(arch: int, width: int, tables: _Tables, has_ds: bool, again: str = "") -> CompileCase:
     config = layer_norm_bwd_config(width, tables.narrowest, arch, tables.narrowest != tables.s)
-    signature = tables.pointers()
-    signature |= dict.fromkeys(("n_rows", "stride_dy_row", "stride_ds_row", "stride_s_row"), "i32")
-    constexprs = {"D": width, "HAS_DS": has_ds, "SPLIT": tables.split}
+    signature, strides = tables.pointers(), ("n_rows", "stride_dy_row", "stride_ds_row", "stride_s_row")
+    signature |= dict.fromkeys((*strides, "stride_residual_row"), "i32")
+    constexprs: dict[str, Any] = {"D": width, "HAS_DS": has_ds, "SPLIT": tables.split}
+    constexprs |= {"HAS_RESIDUAL": "s" in again, "HAS_Y": bool(again)}
     constexprs |= {} if tables.split else {"dresidual_ptr": None}
     constexprs |= {} if has_ds else {"ds_ptr": None}
+    constexprs |= {} if again else {"bias_ptr": None, "y_ptr": None}
+    if "s" in again:
+        signature["s_ptr"] = signature["x_ptr"]
+    else:
+        constexprs["residual_ptr"] = None
     label = tables.label(width) + (" last" if tables.residual is not None and not has_ds else "")
+    label += f" again {again}" if again else ""
     return row_case("layer_norm_bwd", label, _layer_norm_bwd_kernel, signature, config, **constexprs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastjepa import ops
 from fastjepa.nn.linear import Linear, is_hooked, is_plain
 from fastjepa.nn.norm import LayerNorm, add_norm
+from fastjepa.nn.norm_linear import joins, norm_linear
 from fastjepa.nn.ragged_attention import RaggedAttention
 from fastjepa.ops import library
 
@@ -28,9 +29,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
         fc1, fc2, drop = self.fc1, self.fc2, self.drop
-        if not library.takes_kernels(x) or not is_plain(fc1):
+        if not library.takes_kernels(x) or not is_plain(fc1, Linear):
             return drop(fc2(drop(self.act(fc1(x)))))
-        hidden = fc1.product(x)
+        return self.behind_product(fc1.product(x))
+
+    def behind_product(self, hidden: Tensor) -> Tensor:
+        """What follows the first product, whose bias is yet to be added: [T, H] -> [T, D]."""
+        fc1, fc2, drop = self.fc1, self.fc2, self.drop
         passes = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_hooked(drop)
         if passes and isinstance(fc2, Linear):
             return fc2.after_gelu(hidden, fc1.bias)
@@ -99,10 +104,30 @@ class Block(nn.Module):
         `branch` [T, D] is added to x first. With `deferred` the result is (x, branch), yet to be added: the LayerNorm
         that comes next does that in its own pass.
         """
-        y, x = add_norm(self.norm1, x, branch, for_linear=True)
-        attended = self.drop_path(self.attn(y, offsets, max_length, keep), offsets, keep)
+        attended, x = self._attention(x, branch, offsets, max_length, keep)
+        attended = self.drop_path(attended, offsets, keep)
         if keep is not None:
             x = ops.take_rows(x, keep)
-        y, x = add_norm(self.norm2, x, attended, for_linear=True)
-        out = self.drop_path(self.mlp(y), offsets, keep)
+        out, x = self._mlp(x, attended, keep is None)
+        out = self.drop_path(out, offsets, keep)
         return (x, out) if deferred else x + out
+
+    def _attention(
+        self, x: Tensor, branch: Tensor | None, offsets: Tensor, max_length: int, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(attention behind its norm, x + branch)."""
+        attn = self.attn
+        if is_plain(attn, RaggedAttention) and joins(self.norm1, attn.qkv, x, branch):
+            qkv, x = norm_linear(self.norm1, attn.qkv, x, branch)
+            return attn.attend(qkv, offsets, max_length, keep), x
+        y, x = add_norm(self.norm1, x, branch, for_linear=True)
+        return attn(y, offsets, max_length, keep), x
+
+    def _mlp(self, x: Tensor, branch: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
+        """(the MLP behind its norm, x + branch)."""
+        mlp = self.mlp
+        if is_plain(mlp, MLP) and joins(self.norm2, mlp.fc1, x, branch):
+            hidden, x = norm_linear(self.norm2, mlp.fc1, x, branch, with_bias=False, x_is_kept=x_is_kept)
+            return mlp.behind_product(hidden), x
+        y, x = add_norm(self.norm2, x, branch, for_linear=True)
+        return mlp(y), x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from fastjepa.copies import is_current, set_current
 from fastjepa.ops import library
 from fastjepa.ops.fp8 import CAPABILITY
 from fastjepa.ops.rows import check_bias_gelu, linear_dtype
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class Linear(nn.Linear):
@@ -49,34 +51,35 @@ class Linear(nn.Linear):
             ValueError: as `ops.bias_gelu`.
         """
         dtype = linear_dtype(x.device, x.dtype)
-        fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self._trains(x)
-        if not fused or torch.compiler.is_compiling() or not is_plain(self):
+        fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self.trains(x)
+        if not fused or torch.compiler.is_compiling() or not is_plain(self, Linear):
             return self(ops.bias_gelu(x, bias))
         check_bias_gelu(x, bias)
         weight, out_bias = self.weight, self.bias  # once, as who parametrizes them may make them anew at each look
-        weight16, bias16 = self._in(dtype, weight, out_bias)
+        weight16, bias16 = self.parameters_in(dtype, weight, out_bias)
         bias = bias.contiguous()
         place = _GeluLinear.apply(x, bias, weight, out_bias, weight16)
         return _Put.apply(place, x.detach(), bias.detach(), weight16, bias16)
 
-    def _in(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def parameters_in(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in `dtype`, without gradients: the copies where they hold."""
         copies = self.copies if self.copies is not None and self.copies[0].dtype == dtype else (None, None)
         return _cast(weight, copies[0], dtype), None if bias is None else _cast(bias, copies[1], dtype)
 
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = linear_dtype(x.device, x.dtype)
-        if self.fp8 and dtype == torch.bfloat16 and not self._trains(x) and not torch.compiler.is_compiling():
+        if self.fp8 and dtype == torch.bfloat16 and not self.trains(x) and not torch.compiler.is_compiling():
             return self._in_fp8(x, bias)
         if self.copies is None or self.copies[0].dtype != dtype or torch.compiler.is_compiling():
             return F.linear(x, self.weight, bias)
-        weight16, bias16 = self._in(dtype, self.weight, bias)
+        weight16, bias16 = self.parameters_in(dtype, self.weight, bias)
         x = x.to(dtype)
-        if self._trains(x):
+        if self.trains(x):
             return _CopiedLinear.apply(x, self.weight, bias, weight16, bias16)
         return F.linear(x, weight16, bias16)
 
-    def _trains(self, x: Tensor) -> bool:
+    def trains(self, x: Tensor) -> bool:
+        """Whether a product with x is one that gradients may be asked of."""
         return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
 
     def _in_fp8(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,9 +157,9 @@ def is_hooked(*modules: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether it is a `Linear` without hooks or a forward of somebody else's, so that it need not be called."""
-    ours = isinstance(module, Linear) and type(module).forward is Linear.forward and "forward" not in vars(module)
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether it is one of `kind` without hooks or a forward of somebody else's, so that it need not be called."""
+    ours = isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
     return ours and not is_hooked(module)
 
 
@@ -174,7 +177,7 @@ class _CopiedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight16 = ctx.saved_tensors
         dx = dy @ weight16 if ctx.needs_input_grad[0] else None
-        dw, db = _parameter_gradients(dy, x, ctx.dtype, *ctx.needs_input_grad[1:3])
+        dw, db = parameter_gradients(dy, x, ctx.dtype, *ctx.needs_input_grad[1:3])
         return dx, dw, db, None, None
 
 
@@ -199,7 +202,7 @@ class _GeluLinear(torch.autograd.Function):
         x, gelu_bias, weight16 = ctx.saved_tensors
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[2] else None
         dx, dgelu_bias = gelu_bwd(dz @ weight16, x, gelu_bias, y)
-        dw, db = _parameter_gradients(dz, y, ctx.dtype, *ctx.needs_input_grad[2:4])
+        dw, db = parameter_gradients(dz, y, ctx.dtype, *ctx.needs_input_grad[2:4])
         return dx, dgelu_bias, dw, db, None
 
 
@@ -217,7 +220,7 @@ class _Put(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-def _parameter_gradients(
+def parameter_gradients(
     dy: Tensor, x: Tensor | None, dtype: torch.dtype, of_weight: bool, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Those of weight and bias that are asked for."""

@@ -39,6 +39,21 @@ def add_layer_norm(
     >>> y.round(decimals=2).tolist(), s.tolist()
     ([[-1.0, -1.0, 1.0, 1.0]], [[1.0, 1.0, 3.0, 3.0]])
     """
+    check_add_layer_norm(x, residual, weight, bias)
+    total_dtype = sum_dtype(x, residual)
+    out_dtype = out_dtype or linear_dtype(x.device, total_dtype)
+    if not library.takes_kernels(x) or total_dtype == torch.float64 or x.shape[1] > MAX_WIDTH:
+        return add_layer_norm_ref(x, residual, weight, bias, eps, None if out_dtype == total_dtype else out_dtype)
+    if torch.compiler.is_compiling():
+        y, s, _, _ = torch.ops.fastjepa.layer_norm(x, residual, weight, bias, eps, out_dtype)
+        return y, s
+    from fastjepa.kernels.layer_norm import add_layer_norm as kernel
+
+    return kernel(x, residual, weight, bias, eps, out_dtype)
+
+
+def check_add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    """ValueError unless x and residual are [T, D], weight and bias [D] of one dtype, floating and on one device."""
     if x.dim() != 2 or weight.shape != x.shape[1:] or bias.shape != weight.shape:
         raise ValueError(
             f"expected x [T, D], weight [D] and bias [D], got {list(x.shape)}, {list(weight.shape)} and "
@@ -51,16 +66,6 @@ def add_layer_norm(
         raise ValueError(f"weight and bias must share a dtype, got {weight.dtype} and {bias.dtype}")
     if not x.shape[1]:
         raise ValueError(f"x must have at least one column, got {list(x.shape)}")
-    total_dtype = sum_dtype(x, residual)
-    out_dtype = out_dtype or linear_dtype(x.device, total_dtype)
-    if not library.takes_kernels(x) or total_dtype == torch.float64 or x.shape[1] > MAX_WIDTH:
-        return add_layer_norm_ref(x, residual, weight, bias, eps, None if out_dtype == total_dtype else out_dtype)
-    if torch.compiler.is_compiling():
-        y, s, _, _ = torch.ops.fastjepa.layer_norm(x, residual, weight, bias, eps, out_dtype)
-        return y, s
-    from fastjepa.kernels.layer_norm import add_layer_norm as kernel
-
-    return kernel(x, residual, weight, bias, eps, out_dtype)
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:

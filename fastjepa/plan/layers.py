@@ -104,26 +104,26 @@ class Layer:
 _CAST = Operation("cast", Values(stream=1, branch=1), Values(stream=1, branch=1), mixed=True)
 
 # As `fastjepa.nn` runs with its kernels: what those move is what their `*_cost` say, which a test holds.
-# A layer's first norm adds the branch of the layer before.
-_ADD_NORM = (
-    Operation(
-        "add, layer_norm",
-        Values(stream=2, branch=2, ones=2),
-        Values(stream=3, branch=1, ones=2),
-        Values(stream=1, ones=2),
-    ),
-    Operation("its gradient, written for the branch too", Values(), Values(branch=1), mixed=True),
+# A layer's first norm adds the branch of the layer before. Backward makes the norms' outputs again, for the gradients
+# of qkv and fc1, and the second's sum, of the first's and the branch.
+_ADD_NORM = Operation(
+    "add, layer_norm",
+    Values(stream=2, branch=2, ones=2),
+    Values(stream=3, branch=2, ones=2),
+    Values(stream=1, ones=2),
 )
 _FASTJEPA = Layer(
     attention=(
-        *_ADD_NORM,
-        Operation("qkv", Values(), Values(branch=3), Values(branch=1)),  # backward: the bias's gradient, as below
+        _ADD_NORM,
+        Operation("its gradient, written for the branch too", Values(), Values(branch=1), mixed=True),
+        Operation("qkv", Values(), Values(branch=3)),  # backward: the bias's gradient, as below
         Operation("attention", Values(branch=4, heads=1), Values(branch=8, heads=1), Values(branch=4, heads=1)),
     ),
     tail=(
         Operation("proj", Values(), Values(branch=1)),
-        *_ADD_NORM,
-        Operation("fc1", Values(), Values(), Values(branch=1)),
+        _ADD_NORM._replace(kept=Values(branch=1, ones=2)),
+        Operation("its gradient, written for the branch too, its sum again", Values(), Values(branch=2), mixed=True),
+        Operation("fc1", Values(), Values()),
         Operation("bias_gelu", Values(hidden=2), Values(hidden=4), Values(hidden=1)),  # made again for fc2's gradient
         Operation("fc2", Values(), Values(branch=1)),
     ),

@@ -73,6 +73,11 @@ def test_many_rows_to_a_program(monkeypatch: pytest.MonkeyPatch):
     config = replace(layer_norm_bwd_config(64, torch.float32, 80), programs=3)
     monkeypatch.setattr(layer_norm, "layer_norm_bwd_config", lambda *key: config)
     check(inputs(10 * config.block_t + 3, 64, torch.float32))
+    x, residual, weight, bias = inputs(10 * config.block_t + 3, 64, torch.float32)
+    y, s, mean, rstd = layer_norm_fwd(x, residual, weight, bias, EPS)
+    again = randn(*x.shape)
+    layer_norm_bwd(again, None, s, weight, mean, rstd, bias=bias, y=again)
+    assert torch.equal(again, y)
 
 
 def test_weights_wider_than_rows():
@@ -124,6 +129,42 @@ def test_mixed_dtypes(width: int, narrow: torch.dtype, kind: str):
         y = add_layer_norm(x, None if residual_dtype is None else tables[1], weight, bias, EPS)[0]
         half_a_unit = 0 if out_dtype == WIDE else torch.finfo(out_dtype).eps / 2
         torch.testing.assert_close(got[0].float(), y, rtol=half_a_unit + 1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("ds", [True, False], ids=["ds", "no ds"])
+@pytest.mark.parametrize("rows, width", [(0, 64), (1, 100), (21, 384), (13, 1408)])
+@pytest.mark.parametrize("kind", ["nwnw", "wnnn", "wwwn", "nnnn", "w-nw"])
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_backward_makes_again_what_was_not_kept(narrow: torch.dtype, kind: str, rows: int, width: int, ds: bool):
+    """y, in a place of its own or in dy's, and s where x and residual differ: the same numbers to the last bit."""
+    x_dtype, residual_dtype, out_dtype, weight_dtype = ({"n": narrow, "w": WIDE, "-": None}[letter] for letter in kind)
+    x, residual, weight, bias = inputs(rows, width, x_dtype, weight_dtype)
+    residual = None if residual_dtype is None else residual.to(residual_dtype)
+    y, s, mean, rstd = layer_norm_fwd(x, residual, weight, bias, EPS, out_dtype)
+    dy, dsum = randn(rows, width, dtype=out_dtype), randn(rows, width, dtype=s.dtype) if ds else None
+    dtypes = (x_dtype, residual_dtype or x_dtype)
+    wanted = layer_norm_bwd(dy, dsum, s, weight, mean, rstd, *dtypes)
+    pairs = [(x, residual)] if residual is not None and residual_dtype != x_dtype else []
+    for kept in [s, *pairs]:
+        for again in (torch.empty_like(y), dy.clone()):
+            upstream = again if torch.equal(again, dy) else dy
+            found = layer_norm_bwd(upstream, dsum, kept, weight, mean, rstd, *dtypes, bias, again)
+            assert torch.equal(again, y)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "misaligned", "rows apart and misaligned", "columns apart"])
+def test_backward_from_strange_layouts(layout: str):
+    x, residual, weight, bias = inputs(13, 192, torch.float32)
+    x = x.half()
+    y, s, mean, rstd = layer_norm_fwd(x, residual, weight, bias, EPS, torch.float16)
+    dy = randn(13, 192, dtype=torch.float16)
+    wanted = layer_norm_bwd(dy, None, s, weight, mean, rstd, x.dtype, residual.dtype)
+    pair, again = (strange_layouts(x)[layout], strange_layouts(residual)[layout]), torch.empty_like(y)
+    upstream = strange_layouts(dy)[layout]
+    found = layer_norm_bwd(upstream, None, pair, weight, mean, rstd, bias=bias, y=again)
+    assert torch.equal(again, y)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["rows apart", "misaligned", "rows apart and misaligned", "columns apart"])
@@ -193,7 +234,10 @@ def test_declared_launches(residual: bool, monkeypatch: pytest.MonkeyPatch):
     y, s, mean, rstd = layer_norm_fwd(x, other, weight, bias, EPS)
     cost = [add_layer_norm_cost(40, 64, x.dtype, residual, backward).launches for backward in (False, True)]
     assert cost[0] == launches(monkeypatch, lambda: layer_norm_fwd(x, other if residual else None, weight, bias, EPS))
-    assert cost[1] == launches(monkeypatch, lambda: layer_norm_bwd(y, s if residual else None, s, weight, mean, rstd))
+    ds = s if residual else None
+    assert cost[1] == launches(monkeypatch, lambda: layer_norm_bwd(y, ds, s, weight, mean, rstd))
+    again = {"bias": bias, "y": torch.empty_like(y)}
+    assert cost[1] == launches(monkeypatch, lambda: layer_norm_bwd(y, ds, s, weight, mean, rstd, **again))
 
 
 def test_declared_bytes():
@@ -205,11 +249,11 @@ def test_declared_bytes():
 
 
 def test_declared_bytes_under_autocast():
-    """2 + 4 read and 4 + 2 written an element; back 4 + 2 + 4 read and 2 + 4 written."""
+    """2 + 4 read and 4 + 2 written an element; back 4 + 2 + 4 read and 2 + 4 written, 2 more for y, 2 more for s."""
     entries = 14080 * 1280
     dtypes = {"residual_dtype": torch.float32, "out_dtype": torch.bfloat16, "weight_dtype": torch.float32}
-    for backward, each in ((False, 12), (True, 16)):
-        cost = add_layer_norm_cost(14080, 1280, torch.bfloat16, backward=backward, **dtypes)
+    for backward, again, each in ((False, "", 12), (True, "", 16), (True, "y", 18), (True, "y, s", 20)):
+        cost = add_layer_norm_cost(14080, 1280, torch.bfloat16, backward=backward, **dtypes, again=again)
         assert each * entries < cost.bytes < 1.01 * each * entries
 
 

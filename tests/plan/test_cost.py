@@ -135,15 +135,22 @@ def test_bytes_are_those_that_kernels_declare():
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     layer = LAYERS["fastjepa"]
     lines = {operation.name: operation for operation in (*layer.attention, *layer.tail)}
-    seen = 0
+    seen, gradient = 0, "its gradient, written for the branch too"
     for precision, dtype in ((FP32, wide), (AUTOCAST, torch.bfloat16)):
+        mixed = {"residual_dtype": wide, "out_dtype": dtype, "weight_dtype": wide}
         for names, cost, arguments, more in (
             (("attention",), attention_cost, (lengths, heads, width // heads, dtype.itemsize), {}),
             (
-                ("add, layer_norm", *(["its gradient, written for the branch too"] if precision.mixed else [])),
+                ("add, layer_norm", *([f"{gradient}, its sum again"] if precision.mixed else [])),
                 add_layer_norm_cost,
                 (tokens, width, dtype),
-                {"residual_dtype": wide, "out_dtype": dtype, "weight_dtype": wide},
+                mixed | {"again": "y, s" if precision.mixed else "y"},
+            ),
+            (
+                ("add, layer_norm", *([gradient] if precision.mixed else [])),
+                add_layer_norm_cost,
+                (tokens, width, dtype),
+                mixed | {"again": "y"},
             ),
             (("bias_gelu",), bias_gelu_cost, (tokens, 4 * width, dtype), {"again": True}),
         ):
@@ -153,7 +160,7 @@ def test_bytes_are_those_that_kernels_declare():
                 wanted = cost(*arguments, **more, backward=way == "backward").bytes
                 assert moved == pytest.approx(wanted, rel=2e-3), (names, way)
                 seen += 1
-    assert seen == 12
+    assert seen == 16
 
 
 def test_a_layer_by_hand():
