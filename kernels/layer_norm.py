@@ -57,14 +57,16 @@ def layer_norm_fwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchCo
     return whole_row_config(width, dtype, values=48, num_warps=8 if width == 1024 and dtype.itemsize == 2 else 4)
 
 
-def layer_norm_bwd_config(width: int, dtype: torch.dtype, arch: int, mixed: bool = False) -> LaunchConfig:
+def layer_norm_bwd_config(
+    width: int, dtype: torch.dtype, arch: int, mixed: bool = False, again: bool = False
+) -> LaunchConfig:
     """As many programs as the chip holds at once, each over many rows. Unmeasured: chosen from compiled resources.
 
     A lane keeps three values for each of its columns (row, dweight, dbias), so it is given fewer than in forward.
-    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'. Of more than 1280 columns they have eight
-    warps, of at most 192 on sm80 half a tile, since Triton 3.6 spills two and four registers of what they would have.
+    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'. `again`: y is written too. Eight warps, and
+    on sm80 half a tile, are where Triton 3.6 to 3.9 spill two to four registers of four warps and the whole.
     """
-    num_warps = 8 if mixed and width > 1280 else 4
+    num_warps = 8 if (mixed and width > 1280) or (again and dtype.itemsize == 4 and width == 1280) else 4
     config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=num_warps)
     if mixed and width <= 192 and arch == 80:
         config = replace(config, block_t=max(1, config.block_t // 2))
@@ -283,7 +285,7 @@ def layer_norm_bwd(
     assert residual is None or residual.dtype != s.dtype  # so that their sum is fp32
     s_dtype = s.dtype if residual is None else torch.float32
     narrow = _narrowest(dy.dtype, s.dtype, x_dtype, residual_dtype)
-    config = layer_norm_bwd_config(width, narrow, arch_of(s.device), narrow != s_dtype)
+    config = layer_norm_bwd_config(width, narrow, arch_of(s.device), narrow != s_dtype, y is not None)
     programs = min(cdiv(n_rows, config.block_t), config.programs)
     dy, s = row_major(dy), row_major(s)
     ds = None if ds is None else row_major(ds)
@@ -476,7 +478,7 @@ def _forward_case(arch: int, width: int, tables: _Tables) -> CompileCase:
 
 
 def _backward_case(arch: int, width: int, tables: _Tables, has_ds: bool, again: str = "") -> CompileCase:
-    config = layer_norm_bwd_config(width, tables.narrowest, arch, tables.narrowest != tables.s)
+    config = layer_norm_bwd_config(width, tables.narrowest, arch, tables.narrowest != tables.s, bool(again))
     signature, strides = tables.pointers(), ("n_rows", "stride_dy_row", "stride_ds_row", "stride_s_row")
     signature |= dict.fromkeys((*strides, "stride_residual_row"), "i32")
     constexprs: dict[str, Any] = {"D": width, "HAS_DS": has_ds, "SPLIT": tables.split}

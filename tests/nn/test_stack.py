@@ -11,6 +11,8 @@ from fastjepa import IJEPA, MaskCollator, vit_predictor
 from fastjepa.nn import set_activation_checkpointing, set_narrow_stream
 from fastjepa.nn.block import Block
 from fastjepa.ops import library
+from fastjepa.sharding import whole
+from fastjepa.training.ranks import Ranks
 
 
 def tiny(**more) -> IJEPA:
@@ -155,3 +157,25 @@ def test_one_norm_pass_for_each_sum(monkeypatch):
     with torch.no_grad():
         model.encoder(images)
     assert added == [torch.Size([3, 64, 24])]  # positions
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sharded_blocks_with_kernels(tmp_path, recompute: bool):
+    """What backward keeps of weights is what `fully_shard` gathers again: between the passes they are freed."""
+    model, inputs = tiny(), batch(True)
+    set_activation_checkpointing(model, recompute)
+    sharded = copy.deepcopy(model)
+
+    def step(model: IJEPA) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with as_on_a_gpu():
+            loss, _ = model(*inputs)
+            loss.backward()
+        return loss.detach(), [whole(p.grad) for p in model.parameters() if p.grad is not None]
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        Ranks().shard(sharded, torch.device("cpu"))
+        found = step(sharded)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, step(model), rtol=0, atol=0)
