@@ -80,7 +80,7 @@ def test_small_models_wait_for_their_launches_unless_they_come_from_graphs():
     assert graphs["peak_memory_bytes"] == launched["peak_memory_bytes"] + more
     several = plan(replace(order, gpus=2, config=replace(config, runtime=replace(config.runtime, cuda_graphs=True))))
     assert several["parts"]["launching"]["seconds"] > 0, "graphs are for one GPU"
-    assert "657 launches" in launched["basis"]["parts.launching"]
+    assert "655 launches" in launched["basis"]["parts.launching"]
     assert "one launch" in graphs["basis"]["parts.launching"]
 
 
