@@ -63,15 +63,17 @@ def layer_norm_bwd_config(
     """As many programs as the chip holds at once, each over many rows. Unmeasured: chosen from compiled resources.
 
     A lane keeps three values for each of its columns (row, dweight, dbias), so it is given fewer than in forward.
-    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'. `again`: y is written too. Eight warps, and
-    on sm80 half a tile, are where Triton 3.6 to 3.9 spill two to four registers of four warps and the whole.
+    `mixed`: the rows are wider than `dtype`, the narrowest of the tables'. `again`: y is written too. Where Triton 3.6
+    to 3.9 spill registers of four warps there are eight, and for narrow rows on sm80 half of them.
     """
     num_warps = 8 if (mixed and width > 1280) or (again and dtype.itemsize == 4 and width == 1280) else 4
     config = whole_row_config(width, dtype, values=40 if dtype.itemsize == 2 else 24, num_warps=num_warps)
-    if mixed and width <= 192 and arch == 80:
+    halved = mixed and width <= 192 and arch == 80
+    if halved:
         config = replace(config, block_t=max(1, config.block_t // 2))
     columns = cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
-    resident = 3 if columns <= 24 and not mixed else 2  # groups of four warps, by registers: at most 168 and 248 a lane
+    # Groups of four warps, by registers: at most 128, 168 and 248 a lane.
+    resident = 4 if halved else 3 if columns <= 24 and not mixed else 2
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
     return replace(config, programs=programs)
 

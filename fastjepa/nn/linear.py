@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastjepa import ops
 from fastjepa.copies import is_current, set_current
@@ -52,7 +53,7 @@ class Linear(nn.Linear):
         """
         dtype = linear_dtype(x.device, x.dtype)
         fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self.trains(x)
-        if not fused or torch.compiler.is_compiling() or not is_plain(self, Linear):
+        if not fused or not self.takes(x.device, dtype) or torch.compiler.is_compiling() or not is_plain(self, Linear):
             return self(ops.bias_gelu(x, bias))
         check_bias_gelu(x, bias)
         weight, out_bias = self.weight, self.bias  # once, as who parametrizes them may make them anew at each look
@@ -60,6 +61,10 @@ class Linear(nn.Linear):
         bias = bias.contiguous()
         place = _GeluLinear.apply(x, bias, weight, out_bias, weight16)
         return _Put.apply(place, x.detach(), bias.detach(), weight16, bias16)
+
+    def takes(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `F.linear` takes rows of `dtype` and this weight: both are cast by autocast, or of one dtype."""
+        return linear_dtype(device, dtype) == linear_dtype(device, self.weight.dtype)
 
     def parameters_in(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in `dtype`, without gradients: the copies where they hold."""
@@ -160,7 +165,7 @@ def is_hooked(*modules: nn.Module) -> bool:
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether it is one of `kind` without hooks or a forward of somebody else's, so that it need not be called."""
     ours = isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
-    return ours and not is_hooked(module)
+    return ours and not (is_hooked(module) or _has_any_global_hook() or module._compiled_call_impl is not None)
 
 
 class _CopiedLinear(torch.autograd.Function):

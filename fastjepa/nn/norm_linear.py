@@ -18,12 +18,14 @@ from fastjepa.ops.rows import MAX_WIDTH, check_add_layer_norm, linear_dtype, sum
 def joins(norm: nn.Module, linear: nn.Module, x: Tensor, branch: Tensor | None) -> TypeGuard[LayerNorm]:
     """Whether `norm_linear` takes these: in training on CUDA, where neither module has hooks or another forward.
 
-    Not under `torch.compile`, nor in fp64.
+    Not under `torch.compile`, nor in fp64, nor where the linear would refuse what the norm gives.
     """
     if not (library.takes_kernels(x) and is_plain(norm, LayerNorm) and is_plain(linear, Linear) and linear.trains(x)):
         return False
-    narrow = sum_dtype(x, branch) != torch.float64 and x.shape[-1] <= MAX_WIDTH
-    return narrow and norm.weight is not None and norm.bias is not None and not torch.compiler.is_compiling()
+    if norm.weight is None or norm.bias is None or x.shape[-1] > MAX_WIDTH or torch.compiler.is_compiling():
+        return False
+    dtype = sum_dtype(x, branch)
+    return torch.float64 not in (dtype, norm.weight.dtype) and linear.takes(x.device, dtype)
 
 
 def norm_linear(
@@ -38,7 +40,7 @@ def norm_linear(
 
     The kernel of the norm's gradient writes the norm's output again, for the gradient of the linear's weight. Where
     something else keeps x for the backward pass anyway (`x_is_kept`), and the branch is the narrower of the two, that
-    is kept in the place of s, which the kernel then adds up again.
+    is kept in the place of s, which the kernel then adds up again. Without `keep_copies` each use casts the weight.
 
     Shapes: x, branch [T, D] -> [T, D'], [T, D].
 
@@ -47,12 +49,14 @@ def norm_linear(
     """
     rows, residual = (x, None) if branch is None else (branch, x)
     # Parameters once each, as who parametrizes them may make them anew at each look.
-    norms, weight, bias = (norm.weight, norm.bias), linear.weight, linear.bias if with_bias else None
-    check_add_layer_norm(rows, residual, *norms)
+    norm_weight, norm_bias = norm.weight, norm.bias
+    weight = linear.weight
+    bias = linear.bias if with_bias else None
+    check_add_layer_norm(rows, residual, norm_weight, norm_bias)
     weight16, bias16 = linear.parameters_in(linear_dtype(x.device, sum_dtype(rows, residual)), weight, bias)
     apart = x_is_kept and rows.dtype.itemsize < x.dtype.itemsize
-    norms = (parameter.contiguous() for parameter in norms)
-    return _NormLinear.apply(rows, residual, *norms, norm.eps, weight, bias, weight16, bias16, apart)
+    norms = norm_weight.contiguous(), norm_bias.contiguous(), norm.eps
+    return _NormLinear.apply(rows, residual, *norms, weight, bias, weight16, bias16, apart)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -84,7 +88,8 @@ class _NormLinear(torch.autograd.Function):
         mean, rstd, norm_weight, norm_bias, weight16, *kept = ctx.saved_tensors
         s = kept[0] if len(kept) == 1 else tuple(kept)
         of_weight, of_bias = ctx.needs_input_grad[5:7]
-        y = dy = dz @ weight16  # whose place y takes
+        dy = dz @ weight16
+        y = dy  # the kernel writes it over dy
         again = (norm_bias, y) if of_weight else ()
         dx, dresidual, *dnorm = layer_norm_bwd(dy, ds, s, norm_weight, mean, rstd, *ctx.dtypes, *again)
         dw, db = parameter_gradients(dz, y, ctx.dtype, of_weight, of_bias)

@@ -82,7 +82,7 @@ def test_what_settings_save_is_what_the_documents_tables_have():
         if line.startswith("| ")
     ]
     counted = {cells[0]: cells for cells in tables if cells[0] in count.ROWS}
-    places = {name: tables[0].index(name) for name in ("launches", "peak GiB")}
+    places = {name: tables[0].index(name) for name in ("launches", "peak GiB", "rest GB")}
     settings = {"as it comes": "", "narrow_stream": ", narrow stream", "accumulate=4": ", 4 parts"}
     settings |= {"activation_checkpointing": ", checkpointing"}
     settings |= {"activation_checkpointing=predictor": ", predictor checkpointing"}
@@ -102,6 +102,8 @@ def test_what_settings_save_is_what_the_documents_tables_have():
         seen += 1
     assert seen == 5
     readme = DOCUMENT.parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    moved = [float(counted[f"fastjepa truncated{name}"][places["rest GB"]]) for name in ("", ", narrow stream")]
+    assert f"{1 - moved[1] / moved[0]:.0%} fewer bytes".replace("%", " %") in readme
     usual, parts, again, some = (
         float(counted[f"fastjepa truncated{name}"][places["peak GiB"]])
         for name in ("", ", 4 parts", ", checkpointing", ", predictor checkpointing")

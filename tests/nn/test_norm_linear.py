@@ -4,6 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counter import as_on_a_gpu
@@ -112,18 +113,30 @@ def test_keeps_the_sum_alone_or_the_branch_alone():
     assert shapes(saved) == [("torch.float32", [37, 48])], "of one dtype, the sum is no wider than the branch"
 
 
+class Unmoved(torch.autograd.Function):
+    """A sum that gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, z, s):
+        return z.sum() + s.sum()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, None
+
+
 @pytest.mark.parametrize("case", ["sum unused", "sum alone", "neither", "expanded", "checkpoint", "x without gradient"])
 def test_odd_circumstances(case: str):
     def run(joined: bool):
         head = Head(joined, x_is_kept=True)
         torch.manual_seed(1)
-        x, branch = torch.randn(5, 48, requires_grad=case != "x without gradient"), torch.randn(5, 48).half()
-        branch.requires_grad_()
-        with as_on_a_gpu(), torch.autocast("cpu", torch.float16):
+        x, branch = torch.randn(5, 48, requires_grad=case != "x without gradient"), torch.randn(5, 48)
+        branch = (branch if case == "expanded" else branch.half()).requires_grad_()
+        with as_on_a_gpu(), nullcontext() if case == "expanded" else torch.autocast("cpu", torch.float16):
             out = checkpoint(head, x, branch, use_reentrant=False) if case == "checkpoint" else head(x, branch)
         z, s = out[0].float(), out[1]
         losses = {"sum unused": z.square().sum(), "sum alone": s.square().sum(), "expanded": z.sum() + s.sum()}
-        losses["neither"] = x.sum() + 0 * s[:0].sum()
+        losses["neither"] = x.sum() + Unmoved.apply(z, s)
         with as_on_a_gpu():
             losses.get(case, z.square().sum() + s.square().sum()).backward()
         return [x.grad, branch.grad], [p.grad for p in head.parameters()]
@@ -165,8 +178,35 @@ def test_does_not_join_what_it_must_not():
             assert not joins(norm, linear, x, None)
             handle.remove()
         assert joins(norm, linear, x, None)
+        handle = register_module_forward_hook(lambda *_: None)
+        assert not joins(norm, linear, x, None), "a hook of all modules"
+        handle.remove()
+        linear.compile(backend="eager")
+        assert not joins(norm, linear, x, None)
+        linear._compiled_call_impl = None
+        assert joins(norm, linear, x, None)
         norm.forward = lambda *_, **__: x
         assert not joins(norm, linear, x, None)
+
+
+@pytest.mark.parametrize("norm, linear, stream", ["www", "wnw", "wdw", "wwn", "dww", "wwd"])
+def test_dtypes_that_the_two_refuse_are_refused(norm: str, linear: str, stream: str):
+    """Without autocast a weight is not cast in silence."""
+    dtypes = {"n": torch.float16, "w": torch.float32, "d": torch.float64}
+    layers, x = (
+        (LayerNorm(48).to(dtypes[norm]), Linear(48, 32).to(dtypes[linear])),
+        torch.randn(5, 48).to(dtypes[stream]),
+    )
+    with as_on_a_gpu():
+        joined = joins(*layers, x, None)
+        try:
+            layers[1](add_norm(layers[0], x, None, for_linear=True)[0])
+            refused = False
+        except (RuntimeError, ValueError):
+            refused = True
+    assert joined != refused
+    with as_on_a_gpu(), torch.autocast("cpu", torch.float16):
+        assert joins(*layers, x, None) == ("d" not in norm + linear + stream)
 
 
 def test_refuses_what_does_not_fit():
@@ -236,11 +276,13 @@ def test_a_block_calls_parts_that_are_not_ours(how: str, part: str | None, keep:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [100, 192, 1280, 1408])
 @pytest.mark.parametrize("x_is_kept", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
-def test_on_a_gpu(dtype: torch.dtype | None, x_is_kept: bool):
-    heads = [Head(joined, x_is_kept=x_is_kept, width=1280).cuda() for joined in (False, True)]
-    inputs = [torch.randn(5001, 1280, device="cuda"), torch.randn(5001, 1280, device="cuda").to(dtype or torch.float32)]
+def test_on_a_gpu(dtype: torch.dtype | None, x_is_kept: bool, width: int):
+    heads = [Head(joined, x_is_kept=x_is_kept, width=width).cuda() for joined in (False, True)]
+    inputs = [torch.randn(5001, width, device="cuda"), torch.randn(5001, width, device="cuda")]
+    inputs[1] = inputs[1].to(dtype or torch.float32)
     for head in heads:
         if dtype:
             keep_copies(head, dtype)
