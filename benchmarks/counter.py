@@ -129,9 +129,9 @@ class Counter(TorchDispatchMode):
         """
         through = THROUGH.get(name, {})
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        once = [tensor for key, tensor in tensors.items() if key not in (*through, OVER.get(name))]
-        moved = sum(map(touched, _distinct(once)))
-        moved += sum(touched(tensor) for key, tensor in tensors.items() if key == OVER.get(name))
+        over = OVER.get(name, "")
+        once = [tensor for key, tensor in tensors.items() if key not in (*through, over)]
+        moved = sum(map(touched, _distinct(once))) + (touched(tensors[over]) if over in tensors else 0)
         for key, index in through.items():
             if key in tensors:
                 size = touched(tensors[key])
