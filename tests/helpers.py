@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,10 @@ from fastjepa import IJEPA, Ragged
 from fastjepa.config import Config, parse_config
 
 GOLDEN_MODELS = ("ijepa_tiny", "ijepa_two_contexts")
+# What PyTorch launches, and which of it Inductor fuses, changes from one release to the next; docs/counts.md is of one.
+of_counted_torch = pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason=f"what PyTorch 2.13 launches; this is {torch.__version__}"
+)
 
 
 def distance(ours: Tensor, theirs: Any) -> float:

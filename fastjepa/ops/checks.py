@@ -15,13 +15,14 @@ INTEGERS = (torch.int32, torch.int64)
 def check_tensors(floating: dict[str, Tensor | None], integers: dict[str, Tensor] | None = None) -> None:
     """ValueError unless all are on one device, of a floating dtype or of int32 or int64; the absent are left out."""
     first = None
-    for tensors, wanted in ((floating, "of a floating dtype"), (integers or {}, "int32 or int64")):
+    for tensors, whole in ((floating, False), (integers or {}, True)):
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if not (tensor.is_floating_point() if tensors is floating else tensor.dtype in INTEGERS):
+            if not (tensor.dtype in INTEGERS if whole else tensor.is_floating_point()):
+                wanted = "int32 or int64" if whole else "of a floating dtype"
                 raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
             if first is None:
                 first = name, tensor.device

@@ -82,7 +82,8 @@ def linear_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     ...     linear_dtype(torch.device("cpu"), torch.float32), linear_dtype(torch.device("cpu"), torch.float64)
     (torch.bfloat16, torch.float64)
     """
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+    # By name: torch.compile cannot trace torch.amp.is_autocast_available before PyTorch 2.12.
+    if dtype == torch.float64 or device.type == "meta":
         return dtype
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 

@@ -23,6 +23,7 @@ from benchmarks.step import Work, build
 from fastjepa import ops
 from fastjepa.kernels.launch import Cost
 from fastjepa.nn import Block, Linear
+from tests.helpers import of_counted_torch
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "counts.md"
 SMALL = Work("vit_tiny", 8, 96, 8, (96, 2), {"depth": 2}, bf16=True, device=META)
@@ -91,6 +92,7 @@ def test_backward_is_twice_forward_in_eager():
     assert total(found, "flops", "attention") == 3 * 2 * 2 * 192 * float((tokens**2).sum())
 
 
+@of_counted_torch
 def test_the_meta_device_sees_what_runs():
     """The eager step in fp32 on real tensors and on the meta device: the same operators, bytes, FLOPs and memory."""
     seen = []
@@ -334,6 +336,7 @@ def test_settings_save_memory():
     assert len(count.faults([again | {"row": plain["row"]}], argparse.Namespace())) == 1
 
 
+@of_counted_torch
 def test_compiled_is_inductors_own_account():
     """Of one layer each: fewer launches and bytes than eager, the same products, and its parts add up."""
     work = replace(SMALL, sizes={"depth": 1}, predictor=(96, 1))

@@ -24,6 +24,7 @@ from fastjepa.plan.layers import AUTOCAST, FP32, LAYERS, Shape
 from fastjepa.plan.settings import Settings
 from fastjepa.plan.work import Batch, Models
 from fastjepa.training.models import ENCODERS
+from tests.helpers import of_counted_torch
 
 
 def step_of(work: Work, row: str, masks: tuple, precision=AUTOCAST) -> Step:
@@ -119,6 +120,7 @@ def test_settings_are_counted_as_the_count_suite_sees_them(row: str):
 
 
 @pytest.mark.slow
+@of_counted_torch
 def test_bytes_of_the_compiled_step_are_about_inductors():
     """By Inductor's own schedule: within 10 % in each part, 6 % in all."""
     work = Work("vit_small", batch=32, predictor=(384, 2), sizes={"depth": 2}, bf16=True, device=META)
