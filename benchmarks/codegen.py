@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 import fastjepa.kernels
 from fastjepa.kernels.launch import CompileCase
@@ -129,13 +129,18 @@ def compile_all(chips: Sequence[int] = CHIPS, jobs: int = 2) -> list[Compiled]:
         return list(pool.map(_compile, work, chunksize=4))
 
 
-def compile_case(case: CompileCase, sm: int) -> Compiled:
-    """Compile one configuration for one chip."""
+def build(case: CompileCase, sm: int, aligned: bool = True) -> CompiledKernel:
+    """One configuration as Triton compiles it for a chip, with the alignments that it states or without."""
     order = list(case.signature)
-    attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned if aligned}
     source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def compile_case(case: CompileCase, sm: int) -> Compiled:
+    """Compile one configuration for one chip."""
+    built = build(case, sm)
     usage, code = _disassemble(built.asm["cubin"])
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(

@@ -10,7 +10,6 @@ Run as a module it compiles shipped configurations and prints the layouts of wha
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -21,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 from triton.runtime import interpreter
 
 import fastjepa.kernels
+from benchmarks.codegen import build
 from fastjepa.kernels.launch import CompileCase
+from tests.kernels.row_checks import matching
 
 KERNELS = Path(fastjepa.kernels.__file__).parent
 Place = tuple[str, int]  # file and line of a kernel
@@ -149,11 +148,7 @@ def layouts(case: CompileCase, sm: int, aligned: bool = True) -> dict[Place, set
 
     `aligned`: with the alignments that Triton finds for shipped widths, or with none.
     """
-    order = list(case.signature)
-    attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned if aligned}
-    source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    text = compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm["ttgir"]
+    text = build(case, sm, aligned).asm["ttgir"]
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
     encodings = dict(re.findall(r"^#(\w+) = (#ttg\..*)$", text, re.MULTILINE))
     found: dict[Place, set[str]] = {}
@@ -186,9 +181,7 @@ def _has_copies(shape: Sequence[int], encoding: str) -> bool:
 
 
 if __name__ == "__main__":
-    module_name, chip, wanted = sys.argv[1:]
-    for shipped in importlib.import_module(f"fastjepa.kernels.{module_name}").compile_cases(int(chip)):
-        if re.search(wanted, f"{shipped.name} {shipped.config}"):
-            for alignment in (True, False):
-                rows = [[*place, *sorted(seen)] for place, seen in layouts(shipped, int(chip), alignment).items()]
-                print(json.dumps([shipped.kernel.__name__, rows]))
+    for shipped, chip in matching(*sys.argv[1:]):
+        for alignment in (True, False):
+            seen_at = layouts(shipped, chip, alignment)
+            print(json.dumps([shipped.kernel.__name__, [[*place, *sorted(seen)] for place, seen in seen_at.items()]]))

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -141,16 +141,23 @@ def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> int
     return len(kernels) + operations.count
 
 
-def compiled(module: str, arch: int, pattern: str) -> list[dict]:
-    """The shipped configurations of kernels/<module>.py that match, compiled for a chip, in a process of its own.
+def compiled(module: str, arch: int, pattern: str, by: str = "tests.kernels.row_checks") -> list:
+    """What `by` prints of the shipped configurations of kernels/<module>.py that match, compiled for a chip.
 
-    This one has its kernels interpreted where there is no GPU.
+    In a process of its own, for this one has its kernels interpreted where there is no GPU.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.row_checks", module, str(arch), pattern]
+    command = [sys.executable, "-W", "ignore", "-m", by, module, str(arch), pattern]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def matching(module: str, arch: str, pattern: str) -> Iterator[tuple[CompileCase, int]]:
+    """Those configurations, each with the chip, from the words of a command line."""
+    for case in importlib.import_module(f"fastjepa.kernels.{module}").compile_cases(int(arch)):
+        if re.search(pattern, f"{case.name} {case.config}"):
+            yield case, int(arch)
 
 
 def assert_compiles_well(module: str, arch: int, pattern: str, expected: int) -> list[dict]:
@@ -172,7 +179,5 @@ def _compile(case: CompileCase, arch: int) -> dict:
 
 
 if __name__ == "__main__":
-    module_name, chip, wanted = sys.argv[1:]
-    for shipped in importlib.import_module(f"fastjepa.kernels.{module_name}").compile_cases(int(chip)):
-        if re.search(wanted, f"{shipped.name} {shipped.config}"):
-            print(json.dumps(_compile(shipped, int(chip))))
+    for shipped, chip in matching(*sys.argv[1:]):
+        print(json.dumps(_compile(shipped, chip)))

@@ -6,10 +6,6 @@ Interpreted, because only there is every access seen; compute-sanitizer's racech
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +16,7 @@ import triton.language as tl
 from benchmarks.codegen import kernel_modules
 from fastjepa.kernels import fp8, gather, gelu, layer_norm
 from tests.kernels.races import Meetings, watch
-from tests.kernels.row_checks import DEVICE, ROOT, randn
+from tests.kernels.row_checks import DEVICE, compiled, randn
 from tests.kernels.test_adamw_ema import Run
 from tests.kernels.test_memory import OPERATIONS
 
@@ -92,24 +88,12 @@ def test_what_is_overwritten_is_read_by_the_thread_that_writes(meetings: Meeting
 @pytest.mark.parametrize("kernel", IN_PLACE)
 def test_what_is_overwritten_is_read_in_the_layout_it_is_written_in(kernel: str, sm: int, meetings: Meetings):
     """So that one thread has both, and nothing need wait. Without alignments the layouts are others."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.kernels.races",
-        IN_PLACE[kernel][0],
-        str(sm),
-        IN_PLACE[kernel][1],
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     pairs = [(first, then) for name, first, then in meetings.threads if name == kernel]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    module, pattern = IN_PLACE[kernel]
+    found = compiled(module, sm, pattern, by="tests.kernels.races")
     assert len(found) >= 4
-    for compiled, rows in found:
-        assert compiled == kernel
+    for name, rows in found:
+        assert name == kernel
         layouts = {(file, line): set(seen) for file, line, *seen in rows}
         for first, then in pairs:
             assert len(layouts[first]) == 1, (first, layouts[first])

@@ -25,7 +25,9 @@ def same(model, arguments) -> None:
     with fastjepa.patch(model, verify=False) as report:
         assert not report.skipped
         with warnings.catch_warnings():
-            warnings.simplefilter("error", FallbackWarning)
+            warnings.simplefilter("error")
+            # Of Triton 3.6's interpreter, under numpy before 2.4.
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             ours = run(model, arguments)
     assert not any(d.fault(name, torch.float32) for name, d in distances(ours, stock, exact).items())
 
@@ -79,7 +81,7 @@ def test_an_attention_mask_is_followed_and_positions_are_ignored_where_stock_ign
     with pytest.warns(FallbackWarning, match="it was given attn_mask"):
         assert torch.equal(module(x, MASKS[0], mask), expected)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
+        warnings.simplefilter("error")
         assert distance(module(x, mask=MASKS[0]), plain) < 1e-6
         assert distance(module(x=x), plain) < 1e-6
 
