@@ -134,7 +134,7 @@ def build(case: CompileCase, sm: int, aligned: bool = True) -> CompiledKernel:
     order = list(case.signature)
     attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned if aligned}
     source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 

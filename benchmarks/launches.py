@@ -54,11 +54,12 @@ class Build:
     aligned: tuple[str, ...]
     num_warps: int
     num_stages: int
+    fused: bool = False  # whether a product and a sum may become one instruction unasked
 
     def __str__(self) -> str:
         tables = [f"{name.removesuffix('_ptr')} {kind[1:]}" for name, kind in self.types if kind.startswith("*")]
         numbers = [f"{name} {value}" for name, value in self.constants if value != "None"]
-        return ", ".join(tables + numbers) + f", {self.num_warps} warps"
+        return ", ".join(tables + numbers) + f", {self.num_warps} warps" + ", fused" * self.fused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,26 +142,26 @@ def seen(sm: int) -> Iterator[list[Build]]:
         builds.append(_asked(fn.jit_function, compile))
         return True  # it is seen to, as far as Triton goes
 
-    with launched_on(sm, sm), replaced([(knobs.runtime, "jit_cache_hook", hook)]):
+    with launched_on(Chip(sm, sm)), replaced([(knobs.runtime, "jit_cache_hook", hook)]):
         yield builds
 
 
 @contextmanager
-def launched_on(sm: int, device: Hashable) -> Iterator[None]:
-    """Operations launch their kernels within, from tensors on any device, and Triton takes it for such a chip's.
-
-    `device` is what Triton keeps apart by what it has compiled.
-    """
+def launched_on(chip: Chip) -> Iterator[None]:
+    """Operations launch their kernels within, from tensors on any device, and Triton takes it for that chip's."""
     names = [info.name for info in pkgutil.iter_modules(fastjepa.kernels.__path__)]
     modules = [importlib.import_module(f"fastjepa.kernels.{name}") for name in names]
-    changes: list[tuple[Any, str, Any]] = [(driver, "_active", _Chip(sm, device))]
-    changes += [(module, "arch_of", lambda device: sm) for module in modules if hasattr(module, "arch_of")]
+    changes: list[tuple[Any, str, Any]] = [(driver, "_active", chip)]
+    changes += [(module, "arch_of", lambda device: chip.sm) for module in modules if hasattr(module, "arch_of")]
     with as_on_a_gpu(), replaced(changes):
         yield
 
 
-class _Chip:
-    """What Triton's launcher asks a driver for, of a chip that is not there."""
+class Chip:
+    """What Triton's launcher asks a driver for, of a chip that is not there.
+
+    device: what Triton keeps apart by what it has compiled.
+    """
 
     def __init__(self, sm: int, device: Hashable):
         self.sm, self.device = sm, device
@@ -233,6 +234,7 @@ def _asked(function: JITFunction, compile: dict[str, Any]) -> Build:
         tuple(sorted(name for name, known in attributes.items() if known.get("tt.divisibility") == 16)),
         compile["num_warps"],
         compile["num_stages"],
+        compile["enable_fp_fusion"],
     )
 
 

@@ -350,6 +350,7 @@ class MultiTensorAdamWEMA:
             LANES=self._config.lanes,
             num_warps=self._config.num_warps,
             num_stages=1,
+            enable_fp_fusion=False,
         )
         self.note_written()
 

@@ -95,7 +95,7 @@ def _attention_fwd_kernel(
         v = load_tile(v_ptr, length - start, STRIDE_TOKEN, D, STREAM, D0, D1)
         scores = tl.where((cols < length - start)[None, :], dot_widths(q, k, D1), float("-inf"))  # [R, C]
         m_next = tl.maximum(m, tl.max(scores, axis=1) * log_scale)
-        p = tl.exp2(scores * log_scale - m_next[:, None])
+        p = tl.exp2(tl.fma(scores, log_scale, -m_next[:, None]))
         shrink = tl.exp2(m - m_next)
         l = l * shrink + tl.sum(p, axis=1)  # noqa: E741
         acc = dot_tokens(p, v, scale_tile(acc, shrink[:, None], D1), D1)
@@ -128,6 +128,7 @@ def attention_fwd(qkv: Tensor, offsets: Tensor, max_length: int, scale: float) -
         **tile_constants(qkv, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=False,
     )
     return out, lse
 

@@ -75,9 +75,9 @@ def _query_tile(
     for start in range(0, length, STREAM):
         k = load_tile(k_ptr, length - start, STRIDE_TOKEN, D, STREAM, D0, D1)
         v = load_tile(v_ptr, length - start, STRIDE_TOKEN, D, STREAM, D0, D1)
-        scores = dot_widths(q, k, D1) * (scale * LOG2_E)  # [R, C]
+        scores = tl.fma(dot_widths(q, k, D1), scale * LOG2_E, -lse[:, None])  # [R, C]
         # p is at most 1. The bound is for the keys beyond the sequence: theirs must be finite to vanish against k = 0.
-        p = tl.exp2(tl.minimum(scores - lse[:, None], 0.0))
+        p = tl.exp2(tl.minimum(scores, 0.0))
         dp = dot_widths(do, v, D1)
         dq = dot_tokens(p * (dp - delta[:, None]), k, dq, D1)
         k_ptr += STREAM * STRIDE_TOKEN
@@ -124,7 +124,7 @@ def _key_tile(
         # Queries beyond the sequence add nothing, for q, do and delta are 0 there; keys beyond it are not stored.
         lse = tl.load(lse_ptr + start + cols, mask=cols < length - start, other=0.0) * LOG2_E
         delta = tl.load(delta_ptr + start + cols, mask=cols < length - start, other=0.0)
-        p = tl.exp2(dot_widths(k, q, D1) * (scale * LOG2_E) - lse[None, :])  # [R, C]: keys by queries
+        p = tl.exp2(tl.fma(dot_widths(k, q, D1), scale * LOG2_E, -lse[None, :]))  # [R, C]: keys by queries
         dv = dot_tokens(p, do, dv, D1)
         dp = dot_widths(v, do, D1)
         dk = dot_tokens(p * (dp - delta[None, :]), q, dk, D1)
@@ -219,5 +219,6 @@ def attention_bwd(
             PASS=part,
             num_warps=config.bwd.num_warps,
             num_stages=config.bwd.num_stages,
+            enable_fp_fusion=False,
         )
     return dqkv

@@ -189,6 +189,7 @@ def ema_launch(tensors: Tensor, chunks: Tensor, momentum: float | Tensor, config
         LANES=config.lanes,
         num_warps=config.num_warps,
         num_stages=1,
+        enable_fp_fusion=False,
     )
 
 

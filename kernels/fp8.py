@@ -88,6 +88,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return q, scale
 

@@ -201,6 +201,7 @@ def row_inverse(rows: Tensor, num_rows: int, unique: bool = False) -> RowInverse
                 BLOCK_T=_PLACE_CONFIG.block_t,
                 num_warps=_PLACE_CONFIG.num_warps,
                 num_stages=_PLACE_CONFIG.num_stages,
+                enable_fp_fusion=False,
             )
         return RowInverse(order, None)
     ordered, order = torch.sort(rows, stable=True)
@@ -231,6 +232,7 @@ def gather_rows_fwd(x: Tensor, rows: Tensor, pos_embed: Tensor | None = None) ->
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return y
 
@@ -255,6 +257,7 @@ def scatter_rows_fwd(x: Tensor, inverse: RowInverse, num_rows: int, dtype: torch
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return y
 
@@ -283,6 +286,7 @@ def assemble_predictor_fwd(
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return y
 
@@ -307,6 +311,7 @@ def mask_token_bwd(dy: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return sum_partials(part, torch.empty(width, dtype=dtype, device=dy.device))
 

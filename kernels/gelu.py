@@ -49,14 +49,14 @@ def _tail(u, SLOPE: tl.constexpr):
     """
     # Beyond 16 the tail is 0 and the polynomial could overflow. A NaN stays one.
     a = tl.minimum(tl.abs(u), 16.0, propagate_nan=tl.PropagateNan.ALL)
-    p = 3.790293818451867e-05 * a - 6.153806924790743e-04
-    p = p * a + 4.3997765039277634e-03
-    p = p * a - 1.8824909361109764e-02
-    p = p * a + 5.614905398807419e-02
-    p = p * a - 1.2997206180223728e-01
-    p = p * a + 2.492791146372677e-01
-    p = p * a - (0.7978181049585607 if SLOPE else 0.398875824557128)  # 1 / sqrt(2 pi) more
-    p = p * a + 4.9999899378561097e-01
+    p = tl.fma(a, 3.790293818451867e-05, -6.153806924790743e-04)
+    p = tl.fma(p, a, 4.3997765039277634e-03)
+    p = tl.fma(p, a, -1.8824909361109764e-02)
+    p = tl.fma(p, a, 5.614905398807419e-02)
+    p = tl.fma(p, a, -1.2997206180223728e-01)
+    p = tl.fma(p, a, 2.492791146372677e-01)
+    p = tl.fma(p, a, -0.7978181049585607 if SLOPE else -0.398875824557128)  # 1 / sqrt(2 pi) more
+    p = tl.fma(p, a, 4.9999899378561097e-01)
     return a, p * tl.exp2(a * a * -0.7213475204444817)  # log2(e) / 2
 
 
@@ -66,7 +66,7 @@ def _gelu(u, EXACT: tl.constexpr):
         y = u * (0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
     else:
         a, tail = _tail(u, SLOPE=False)
-        y = tl.maximum(u, 0.0) - a * tail
+        y = tl.fma(-a, tail, tl.maximum(u, 0.0))
     return y
 
 
@@ -161,6 +161,7 @@ def gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return y
 
@@ -192,6 +193,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, y: Tensor | None = None) -> tu
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return dx, sum_partials(part, torch.empty_like(bias))
 

@@ -91,6 +91,7 @@ def grad_norm_launch(
         LANES=config.lanes,
         num_warps=config.num_warps,
         num_stages=1,
+        enable_fp_fusion=False,
     )
 
 

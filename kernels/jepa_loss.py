@@ -144,6 +144,7 @@ def jepa_loss_fwd(
         STORE_SLOPE=store_slope,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=False,
     )
     _mean_kernel[(1,)](
         part_ptr=part,
@@ -154,6 +155,7 @@ def jepa_loss_fwd(
         BLOCK_D=_MEAN_CONFIG.block_d,
         num_warps=_MEAN_CONFIG.num_warps,
         num_stages=_MEAN_CONFIG.num_stages,
+        enable_fp_fusion=False,
     )
     return loss, slope
 
@@ -172,6 +174,7 @@ def jepa_loss_bwd(slope: Tensor, dloss: Tensor) -> Tensor:
             BLOCK_D=_SCALE_CONFIG.block_d,
             num_warps=_SCALE_CONFIG.num_warps,
             num_stages=_SCALE_CONFIG.num_stages,
+            enable_fp_fusion=False,
         )
     return dprediction
 

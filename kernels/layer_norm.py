@@ -260,6 +260,7 @@ def layer_norm_fwd(
             HAS_RESIDUAL=residual is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     return y, s, mean, rstd
 
@@ -324,6 +325,7 @@ def layer_norm_bwd(
             SPLIT=split,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=False,
         )
     dweight, dbias = sum_partials(part, torch.empty((2, width), dtype=weight.dtype, device=s.device)).unbind(0)
     return dx, dresidual, dweight, dbias

@@ -142,6 +142,7 @@ def sum_partials(part: Tensor, out: Tensor) -> Tensor:
         BLOCK_D=_SUM_CONFIG.block_d,
         num_warps=_SUM_CONFIG.num_warps,
         num_stages=_SUM_CONFIG.num_stages,
+        enable_fp_fusion=False,
     )
     return out
 
