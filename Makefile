@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes from $(PYTHON).
 #   make demo                  pretrain on a few pictures, evaluate, draw      (DATA=folder: on your own pictures)
 #   make test                  the tests                                       (PYTEST_ARGS="tests/test_masks.py -x")
+#   make emulate CHIP=90       the kernels' tests on an emulated GPU, without one
 #   make bench                 every benchmark suite, then runs/benchmarks/report.html  (SUITES="step masks")
 #   make lint types wheel      style, types, dist/*.whl and dist/*.tar.gz
 #   make gpu                   GPU tests and benchmarks, on a machine with one
@@ -12,6 +13,7 @@ VENV ?= .venv
 DATA ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
+CHIP ?= 80
 SUITES ?= masks step kernels input scaling swap codegen
 RESULTS := runs/benchmarks
 
@@ -20,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written at first import: compiling all of every package would double the time of the install.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format types wheel gpu clean distclean
+.PHONY: help demo test emulate bench lint format types wheel gpu clean distclean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -42,6 +44,12 @@ demo: $(VENV)/.demo
 test: export PYTHONHASHSEED = 0
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --timeout 900 -n $(JOBS) --maxprocesses 8 --benchmark-disable $(PYTEST_ARGS)
+
+# Kernels are compiled for the chip, and what comes of it is run by the processor (docs/emulated.md).
+emulate: export PYTHONHASHSEED = 0
+emulate: export FASTJEPA_TEST_CHIP = $(CHIP)
+emulate: $(VENV)/.test
+	$(BIN)/python -m pytest --timeout 900 -n $(JOBS) --maxprocesses 8 tests/kernels tests/benchmarks/test_step.py $(PYTEST_ARGS)
 
 # A suite that fails says so and does not keep the others from running; the report shows what there is.
 bench: $(VENV)/.bench

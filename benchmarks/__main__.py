@@ -25,6 +25,7 @@ SUITES = {
     "masks": "what drawing masks costs",
     "input": "what reading pictures costs",
     "codegen": "every kernel compiled for chips that need not be here",
+    "emulate": "every operation compiled for a chip that is emulated: whether it is right, and what it moves",
     "launches": "what training launches, each held to what codegen compiles; nothing runs",
     "host": "what launching costs the processor, with no GPU needed",
     "count": "what a whole step launches, moves and allocates, by count; nothing runs",
@@ -35,7 +36,7 @@ SUITES = {
     "report": "tables and pictures of results",
 }
 # Suites whose rows are no machine's.
-UNTIMED = ("codegen", "launches", "roofline", "count", "budget", "faults", "fuzz", "report")
+UNTIMED = ("codegen", "emulate", "launches", "roofline", "count", "budget", "faults", "fuzz", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

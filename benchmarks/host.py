@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.count import CPU
-from benchmarks.counter import replaced
+from benchmarks.counter import as_on_a_gpu, replaced
 from benchmarks.laps import take_step
 from benchmarks.launches import Chip, launched_on
 from benchmarks.operations import offsets_of, with_gradients
@@ -238,7 +238,7 @@ def nothing_runs() -> Iterator[list[str]]:
         kernel = self.device_caches[device][0][key] = Nothing(self.__name__)
         return kernel
 
-    with launched_on(Chip(SM, device)), replaced([(JITFunction, "_do_compile", compile)]):
+    with as_on_a_gpu(), launched_on(Chip(SM, device)), replaced([(JITFunction, "_do_compile", compile)]):
         yield launched
 
 

@@ -142,18 +142,18 @@ def seen(sm: int) -> Iterator[list[Build]]:
         builds.append(_asked(fn.jit_function, compile))
         return True  # it is seen to, as far as Triton goes
 
-    with launched_on(Chip(sm, sm)), replaced([(knobs.runtime, "jit_cache_hook", hook)]):
+    with as_on_a_gpu(), launched_on(Chip(sm, sm)), replaced([(knobs.runtime, "jit_cache_hook", hook)]):
         yield builds
 
 
 @contextmanager
 def launched_on(chip: Chip) -> Iterator[None]:
-    """Operations launch their kernels within, from tensors on any device, and Triton takes it for that chip's."""
+    """Kernels that are launched within, from tensors on any device, go to that chip, as far as Triton can tell."""
     names = [info.name for info in pkgutil.iter_modules(fastjepa.kernels.__path__)]
     modules = [importlib.import_module(f"fastjepa.kernels.{name}") for name in names]
     changes: list[tuple[Any, str, Any]] = [(driver, "_active", chip)]
     changes += [(module, "arch_of", lambda device: chip.sm) for module in modules if hasattr(module, "arch_of")]
-    with as_on_a_gpu(), replaced(changes):
+    with replaced(changes):
         yield
 
 

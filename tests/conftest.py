@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -19,7 +19,8 @@ import torch
 GOLDENS = Path(__file__).parent / "goldens"
 
 # Read by Triton when a kernel is defined, so it has to stand before anything imports triton.
-if not torch.cuda.is_available():
+CHIP = os.environ.get("FASTJEPA_TEST_CHIP")  # 80, 90: there kernels are compiled for it, and it is emulated
+if not torch.cuda.is_available() and not CHIP:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/conftest.py could ask for its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -38,18 +39,24 @@ def pytest_report_header() -> str:
         triton = f"triton {importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:
         triton = "no triton"
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU, kernels are interpreted"
+    run = f"compiled for sm {CHIP}, which is emulated" if CHIP else "interpreted"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"no CUDA GPU, kernels are {run}"
     return f"torch {torch.__version__}, {triton}; {where}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, naming what was not run."""
+    """Skip what cannot be run here, naming it."""
     if torch.cuda.is_available():
-        return
+        lacking = {"interpreted": "kernels are compiled here, not interpreted"}
+    elif CHIP:
+        lacking = {"gpu": "no CUDA GPU here", "interpreted": "kernels are compiled here, not interpreted"}
+    else:
+        lacking = {"gpu": "no CUDA GPU here", "compiled": "kernels are interpreted here, not compiled"}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            name = getattr(item, "originalname", item.name)  # one line of the summary for all its parameters
-            item.add_marker(pytest.mark.skip(reason=f"no CUDA GPU here, so not run: {name}"))
+        for marker, why in lacking.items():
+            if item.get_closest_marker(marker):
+                name = getattr(item, "originalname", item.name)  # one line of the summary for all its parameters
+                item.add_marker(pytest.mark.skip(reason=f"{why}, so not run: {name}"))
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +65,16 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=CHIP is not None)
+def chip() -> Iterator[None]:
+    """Kernels run on the chip that was asked for."""
+    assert CHIP is not None
+    from benchmarks.emulator import emulated
+
+    with emulated(int(CHIP)):
+        yield
 
 
 @pytest.fixture

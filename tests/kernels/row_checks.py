@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from fastjepa.kernels.launch import CompileCase
+from fastjepa.kernels.launch import CompileCase, arch_of
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SM = arch_of(DEVICE) if DEVICE.type == "cuda" else int(os.environ.get("FASTJEPA_TEST_CHIP", 0)) or None  # compiled for
+MANY = 5001 if DEVICE.type == "cuda" else 101  # rows where kernels are compiled, for a GPU or an emulated one
 # fill_ is the poison of the tests; the library fills by torch.full and torch.zeros.
 MAKES_NO_KERNEL = {"empty", "empty_like", "detach", "view", "unbind", "alias", "select", "fill_"}
 

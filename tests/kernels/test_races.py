@@ -20,7 +20,7 @@ from tests.kernels.row_checks import DEVICE, compiled, randn
 from tests.kernels.test_adamw_ema import Run
 from tests.kernels.test_memory import OPERATIONS
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter shows every access")
+pytestmark = pytest.mark.interpreted
 
 # Kernels that write over what they read: of each the module, and enough of its shipped configurations.
 IN_PLACE = {
