@@ -14,6 +14,7 @@ DATA ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
 CHIP ?= 80
+EMULATED ?= tests/kernels tests/benchmarks/emulator tests/benchmarks/test_emulate.py tests/benchmarks/test_step.py tests/test_goldens.py
 SUITES ?= masks step kernels input scaling swap codegen
 RESULTS := runs/benchmarks
 
@@ -49,7 +50,7 @@ test: $(VENV)/.test
 emulate: export PYTHONHASHSEED = 0
 emulate: export FASTJEPA_TEST_CHIP = $(CHIP)
 emulate: $(VENV)/.test
-	$(BIN)/python -m pytest --timeout 900 -n $(JOBS) --maxprocesses 8 tests/kernels tests/benchmarks/test_step.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --timeout 900 -n $(JOBS) --maxprocesses 8 $(EMULATED) $(PYTEST_ARGS)
 
 # A suite that fails says so and does not keep the others from running; the report shows what there is.
 bench: $(VENV)/.bench

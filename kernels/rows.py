@@ -46,7 +46,7 @@ def tile_config(width: int, dtype: torch.dtype, vectors: int = 4) -> LaunchConfi
 
     Unmeasured: chosen from compiled resources and the bytes in flight that reach the memory's bandwidth.
     """
-    vector = 16 // dtype.itemsize
+    vector, width = 16 // dtype.itemsize, max(width, 1)  # nothing is launched for no columns
     block_d = min(32 * vector, width & -width)  # the largest power of two that divides D
     if block_d < 8 * vector:
         block_d = min(32 * vector, triton.next_power_of_2(width))  # masked

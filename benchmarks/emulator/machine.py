@@ -113,8 +113,8 @@ class Machine:
         if name in self.special:
             found = self.special[name]
             return found if found.ndim == 0 or len(lanes) == self.everyone else found[lanes]
-        if name not in self.registers:
-            raise Fault(f"{name} is read before it is written")
+        if name not in self.registers:  # a compiler may move what nobody will look at
+            self.registers[name] = np.full(self.everyone, -1).astype(RAW[self.program.registers[name]])
         found = self.registers[name]
         return found if len(lanes) == self.everyone else found[lanes]
 

@@ -35,8 +35,9 @@ class Global:
 
     def _know(self, tensors: Iterable[Tensor]) -> None:
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-        self.starts = np.array([0, *sorted(storages)], dtype=np.int64)
-        self.ends = np.array([0, *(start + storages[start] for start in sorted(storages))], dtype=np.int64)
+        before = -(1 << 62)  # so that every address that a kernel may come to is behind a start
+        self.starts = np.array([before, *sorted(storages)], dtype=np.int64)
+        self.ends = np.array([before, *(start + storages[start] for start in sorted(storages))], dtype=np.int64)
 
     def check(self, addresses: Array, width: int) -> None:
         """
@@ -54,7 +55,7 @@ class Global:
 
     def _outside(self, addresses: Array, width: int) -> Array:
         at = np.searchsorted(self.starts, addresses, side="right") - 1
-        return addresses + width > self.ends[at]
+        return (at < 0) | (addresses > self.ends[at] - width)
 
     def load(self, addresses: Array, width: int, count: int, lanes: Array) -> list[Array]:
         """`count` words of `width` bytes from each address."""

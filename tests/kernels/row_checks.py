@@ -29,6 +29,12 @@ ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SM = arch_of(DEVICE) if DEVICE.type == "cuda" else int(os.environ.get("FASTJEPA_TEST_CHIP", 0)) or None  # compiled for
 MANY = 5001 if DEVICE.type == "cuda" else 101  # rows where kernels are compiled, for a GPU or an emulated one
+# On a GPU all of them; on an emulated one, which is slow, what the interpreter cannot have.
+ON_A_CHIP = [
+    pytest.param(torch.bfloat16, marks=pytest.mark.compiled, id="bf16"),
+    pytest.param(torch.float16, marks=pytest.mark.gpu, id="fp16"),
+    pytest.param(torch.float32, marks=pytest.mark.gpu, id="fp32"),
+]
 # fill_ is the poison of the tests; the library fills by torch.full and torch.zeros.
 MAKES_NO_KERNEL = {"empty", "empty_like", "detach", "view", "unbind", "alias", "select", "fill_"}
 

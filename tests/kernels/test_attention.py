@@ -26,6 +26,7 @@ from fastjepa.kernels.attention_tiles import DTYPES, HEAD_DIMS, MEDIUM, REGIMES,
 from fastjepa.kernels.reference import ragged_attention_ref
 from tests.kernels.row_checks import (
     DEVICE,
+    ON_A_CHIP,
     ROOT,
     assert_compiles_well,
     compare,
@@ -333,8 +334,7 @@ def test_new_lengths_compile_nothing_on_a_gpu():
     assert compiled() == before
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ON_A_CHIP)
 @pytest.mark.parametrize("head_dim", [8, 48, *HEAD_DIMS])
 def test_on_a_chip(head_dim: int, dtype: torch.dtype):
     many = ((110, 18, 24), (154, 18, 24), (256, 0, 8), (700, 500, 4))
@@ -344,6 +344,8 @@ def test_on_a_chip(head_dim: int, dtype: torch.dtype):
         lengths = [*drawn, 0, 1, mean]
         qkv = randn(sum(lengths), 3, 3, head_dim, dtype=dtype)
         check(qkv, lengths)
+        if DEVICE.type != "cuda":
+            continue  # an emulated chip has one order
         upstream = randn(sum(lengths), 3, head_dim, dtype=dtype)
         offsets = offsets_of(lengths)
         first, second = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastjepa.kernels.fp8 import compile_cases, quantise_rows, quantise_rows_cost
 from fastjepa.kernels.reference import quantise_rows_ref
 from tests.kernels.multi_tensor_checks import round_as_a_chip
-from tests.kernels.row_checks import DEVICE, MANY, SM, assert_compiles_well, launches, randn, strange_layouts
+from tests.kernels.row_checks import DEVICE, MANY, ON_A_CHIP, SM, assert_compiles_well, launches, randn, strange_layouts
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -103,8 +103,7 @@ def test_chips_without_8_bits_compile_nothing():
     assert compile_cases(80) == compile_cases(86) == []
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", ON_A_CHIP)
 @pytest.mark.parametrize("width", [1280, 5120, 100])
 def test_on_a_chip(width: int, dtype: torch.dtype):
     check(randn(MANY, width, dtype=dtype))

@@ -27,6 +27,7 @@ from fastjepa.kernels.reference import assemble_predictor_ref, gather_rows_ref, 
 from tests.kernels.row_checks import (
     DEVICE,
     MANY,
+    ON_A_CHIP,
     assert_compiles_well,
     compare,
     launches,
@@ -180,6 +181,9 @@ def test_no_rows_no_context_no_mask_token():
     assert gather_rows(randn(0, 16), nothing).shape == (0, 16)
     assert torch.equal(scatter_rows(randn(0, 16), nothing, 3), torch.zeros(3, 16, device=DEVICE))
     assert scatter_rows(randn(0, 16), nothing, 0).shape == (0, 16)
+    row = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    assert gather_rows(randn(3, 0), row).shape == (1, 0)
+    assert scatter_rows(randn(1, 0), row, 3).shape == (3, 0)
     _, token, pos, source, patches = predictor_inputs(20, 16, torch.float32)
     check_predictor([randn(0, 16), token, pos, torch.full_like(source, -1), patches], randn(20, 16))
     check_predictor([randn(9, 16), token, pos, torch.zeros_like(source), patches], randn(20, 16))
@@ -288,8 +292,7 @@ def test_compiled_code(arch: int, widths: str):
     assert_compiles_well("gather", arch, f"{kernels} d({widths}) bf16", expected=14)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", ON_A_CHIP)
 @pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1408, 100])
 def test_on_a_chip(width: int, dtype: torch.dtype):
     for unique in (False, True):

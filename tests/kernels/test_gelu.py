@@ -13,6 +13,7 @@ from fastjepa.kernels.reference import bias_gelu_ref
 from tests.kernels.row_checks import (
     DEVICE,
     MANY,
+    ON_A_CHIP,
     assert_compiles_well,
     compare,
     launches,
@@ -134,8 +135,7 @@ def test_compiled_code(arch: int):
     assert_compiles_well("gelu", arch, r"d(1536|6144) (bf16 bias bf16|fp16)", expected=12)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", ON_A_CHIP)
 @pytest.mark.parametrize("width", [768, 1536, 3072, 4096, 5120, 6144, 100])
 def test_on_a_chip(width: int, dtype: torch.dtype):
     tables, upstream = inputs(MANY, width, dtype), [randn(MANY, width, dtype=dtype)]

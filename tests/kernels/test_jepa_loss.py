@@ -12,6 +12,7 @@ from fastjepa.kernels.reference import jepa_loss_ref
 from tests.kernels.row_checks import (
     DEVICE,
     MANY,
+    ON_A_CHIP,
     assert_as_near_as_torch,
     assert_compiles_well,
     launches,
@@ -156,8 +157,7 @@ def test_compiled_code(arch: int):
     assert_compiles_well("jepa_loss", arch, r"jepa_loss_(fwd d(768|1024|1280|1408)|bwd) bf16", expected=9)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", ON_A_CHIP)
 @pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1408, 8192])
 def test_on_a_chip(width: int, dtype: torch.dtype):
     batches = [inputs(MANY, width, dtype) for _ in range(4)]

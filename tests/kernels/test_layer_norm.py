@@ -23,6 +23,7 @@ from fastjepa.kernels.reference import add_layer_norm_ref
 from fastjepa.kernels.rows import MULTIPROCESSORS
 from tests.kernels.row_checks import (
     MANY,
+    ON_A_CHIP,
     assert_compiles_well,
     compare,
     launches,
@@ -290,8 +291,7 @@ def test_compiled_code_under_autocast(arch: int):
     assert_compiles_well("layer_norm", arch, r"d(384|1280) (bf16 residual|fp32 alone out bf16)", expected=20)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", ON_A_CHIP)
 @pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1408, 8192])
 def test_on_a_chip(width: int, dtype: torch.dtype):
     check(inputs(MANY, width, dtype))
