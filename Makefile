@@ -14,7 +14,7 @@ DATA ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
 CHIP ?= 80
-EMULATED ?= tests/kernels tests/benchmarks/emulator tests/benchmarks/test_emulate.py tests/benchmarks/test_step.py tests/test_goldens.py
+EMULATED ?= tests/kernels tests/benchmarks/emulator tests/benchmarks/test_emulate.py tests/test_goldens.py
 SUITES ?= masks step kernels input scaling swap codegen
 RESULTS := runs/benchmarks
 

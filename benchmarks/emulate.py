@@ -17,17 +17,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import count
+from benchmarks import count, step
 from benchmarks.emulator import emulated
 from benchmarks.emulator.memory import SECTOR
 from benchmarks.kernels import FILES, Judge
 from benchmarks.operations import Sizes
+from benchmarks.step import Work
 from benchmarks.tables import columns
 from fastjepa.kernels.launch import is_interpreted
 
 CHIPS = (80, 90)  # sm 86 and 89 run the instructions of 80; the tensor memory of 100 is not emulated
 EIGHT_BITS = 89  # the oldest chip that has such numbers
 SIZES = Sizes(torch.device("cpu"), torch.bfloat16, 2, 256, 1280, 16, 384, 16, 1)
+WORK = Work("vit_tiny", 8, 96, 3, (96, 2), {"depth": 2}, bf16=True, device=SIZES.device)
 MARKERS = ("<!-- emulated -->", "<!-- end of emulated -->")
 
 
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     if arguments.document:
         count.put("", arguments.document, MARKERS, write=False)
     rows = [row for sm in arguments.sm or CHIPS for row in measure(sm, arguments.operation or FILES)]
+    if not arguments.operation:
+        rows += [row for sm in arguments.sm or CHIPS for row in steps(sm)]
     if arguments.document:
         count.put(markdown(rows), arguments.document, MARKERS)
     return rows
@@ -72,6 +76,19 @@ def measure(sm: int, files: Sequence[str] = FILES, sizes: Sizes = SIZES) -> Iter
             common = {"sm": sm, "operation": operation.name, "case": operation.case} | found
             yield from ([common | _moved(kernel, moved[kernel]) for kernel in moved] or [common])
         gc.collect()
+
+
+def steps(sm: int) -> Iterator[dict]:
+    """Rows of whole training steps, forward and backward under bf16 autocast; error: of all gradients together."""
+    exact = step.exact_gradients(WORK)
+    eager = step.errors(WORK, step.build(WORK, "eager"), exact)
+    case = f"{WORK.name}/{WORK.patch}, {WORK.batch} images; eager PyTorch's error {eager['gradients']:.3e}"
+    for name in ("fastjepa truncated", "fastjepa ragged"):
+        with emulated(sm):
+            found = step.errors(WORK, step.build(WORK, name), exact)
+        row = {"sm": sm, "operation": f"training step, {name}", "case": case, "error": found["gradients"]}
+        over = found["gradients"] > 2 * eager["gradients"]
+        yield row | ({"wrong": f"its gradients are {found['gradients']:.1e} from fp64"} if over else {})
 
 
 def _moved(kernel: str, of: Counter[str]) -> dict:

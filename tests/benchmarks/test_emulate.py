@@ -51,6 +51,17 @@ def test_every_operation_is_right():
 
 
 @pytest.mark.compiled
+def test_whole_steps_are_right(monkeypatch: pytest.MonkeyPatch):
+    sm = SM if SM in emulate.CHIPS else emulate.CHIPS[-1]
+    rows = list(emulate.steps(sm))
+    assert [row["operation"] for row in rows] == ["training step, fastjepa truncated", "training step, fastjepa ragged"]
+    assert not emulate.faults(rows, argparse.Namespace())
+    assert all(1e-4 < row["error"] < 1e-2 for row in rows)
+    monkeypatch.setattr(emulate.step, "errors", lambda work, way, exact: {"gradients": float(way.name != "eager")})
+    assert len(emulate.faults(list(emulate.steps(sm)), argparse.Namespace())) == 2
+
+
+@pytest.mark.compiled
 def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch):
     forward = gelu.gelu_fwd
     monkeypatch.setattr(gelu, "gelu_fwd", lambda x, bias: forward(x, bias + 1))
