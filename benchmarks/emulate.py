@@ -113,7 +113,7 @@ table = columns
 
 def markdown(rows: Sequence[dict]) -> str:
     """A table for the document."""
-    heads = ["operation", "kernel", "sm", "error", "read MB", "read x", "written MB", "written x", "banks x"]
+    heads = ["operation", "case", "kernel", "sm", "error", "read MB", "read x", "written MB", "written x", "banks x"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         cells = (

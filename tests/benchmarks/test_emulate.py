@@ -34,7 +34,7 @@ def test_a_document_without_its_markers_is_refused_before_anything_runs(
 
 def test_tables():
     wrong = {"sm": 80, "operation": "EMA", "case": "1 M", "wrong": "output 0 is 1.0e+00 from the fp64 answer"}
-    assert emulate.markdown([ROW]).splitlines()[2] == "| bias + GELU | _k | 90 | 0.00123 | 1.5 |  |  |  |  |"
+    assert emulate.markdown([ROW]).splitlines()[2] == "| bias + GELU | 4 rows | _k | 90 | 0.00123 | 1.5 |  |  |  |  |"
     assert "WRONG" not in emulate.table([ROW, wrong])
     assert emulate.faults([ROW, wrong], argparse.Namespace()) == ["sm 80 EMA: output 0 is 1.0e+00 from the fp64 answer"]
 
