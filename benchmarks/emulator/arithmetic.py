@@ -7,6 +7,7 @@ nearest number where a chip may be an ulp or two off.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ _E4M3_MOST = 448.0
 
 
 class Operation(NamedTuple):
-    """takes: kinds of the operands, without the result. gives: kind of the result."""
+    """takes: kinds of the operands, without the result, of as many as there may be. gives: kind of the result."""
 
     function: Callable[..., Array]
     takes: tuple[str, ...]
@@ -136,13 +137,13 @@ def _two(function: Callable[[Array, Array], Array]) -> Callable[[list[str]], Ope
 
 
 def _extreme(past_nan: Callable, with_nan: Callable) -> Callable[[list[str]], Operation | None]:
-    """The least or the most of two: a number where one is no number, unless the instruction says otherwise."""
+    """The least or the most of two or three: of what is a number, unless the instruction says otherwise."""
 
     def made(words: list[str]) -> Operation | None:
         *modes, kind = words
         if modes not in ([], ["NaN"]):
             return None
-        return Operation(with_nan if modes else past_nan, (kind,) * 2, kind)
+        return Operation(lambda *xs: reduce(with_nan if modes else past_nan, xs), (kind,) * 3, kind)
 
     return made
 

@@ -7,11 +7,12 @@ ahead of another shows as a `Fault` of shared memory, not as a wrong number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
-from benchmarks.emulator import tensor_cores, warps
+from benchmarks.emulator import tensor_cores, tensor_memory, warps
 from benchmarks.emulator.arithmetic import RAW, Array, bits_of, operation, read, write
 from benchmarks.emulator.memory import Fault, Global, Shared
 from benchmarks.emulator.ptx import Address, Guard, Instruction, Operand, Program
@@ -22,7 +23,7 @@ Step = Callable[["Machine", Array], None]
 
 
 class Code:
-    """A program, and what to call for each instruction of each block.
+    """A program, and what to call for each instruction of each block; which blocks ask whether a product is done.
 
     Raises:
         NotImplementedError: an instruction that the emulator does not know.
@@ -31,6 +32,7 @@ class Code:
     def __init__(self, program: Program):
         self.program = program
         self.steps = [[(_step(i), i) for i in block.instructions] for block in program.blocks]
+        self.tries = [any(i.op.startswith("mbarrier.try_wait") for i in block.instructions) for block in program.blocks]
 
 
 def launch(code: Code, grid: Sequence[int], values: Sequence[int], shared: int, memory: Global) -> None:
@@ -76,28 +78,62 @@ class Machine:
         self.special |= {f"%nctaid.{axis}": np.array(n, dtype=np.uint32) for axis, n in zip("xyz", grid, strict=True)}
         self.special["%tid.x"] = (self.lanes % self.threads).astype(np.uint32)
         self.copies = warps.Copies(self.everyone)
+        self.parked = np.full(self.everyone, -1)  # at a barrier: the block behind it
+        self.phases: dict[int, int] = {}  # of barriers in shared memory
+
+    @cached_property
+    def tensor_memory(self) -> tensor_memory.TensorMemory:
+        """Of all these programs, once it is asked for."""
+        return tensor_memory.TensorMemory(self.everyone // self.threads)
 
     def run(self) -> None:
-        """To the end."""
+        """To the end.
+
+        Raises:
+            Fault: what a chip would punish, or lanes that wait for what does not come.
+        """
         waiting: dict[int, list[Array]] = {0: [self.lanes]}
+        tried: set[int] = set()  # blocks in which lanes have just asked in vain whether a product is done
         with np.errstate(all="ignore"):
             while waiting:
-                at = min(waiting)
-                here = waiting.pop(at)
+                if not waiting.keys() - tried:
+                    raise Fault(f"{self.program.name}: a wait for what does not come")
+                at = min(waiting.keys() - tried)
+                here, block = waiting.pop(at), self.program.blocks[at]
                 lanes = here[0] if len(here) == 1 else np.sort(np.concatenate(here))
                 for step, instruction in self.code.steps[at]:
                     try:
                         step(self, lanes)
                     except Fault as fault:
                         raise Fault(f"{self.program.name}, {instruction.place}, {instruction.op}: {fault}") from None
-                block = self.program.blocks[at]
+                if block.barrier:
+                    for behind, free in self.met(lanes, at + 1):
+                        waiting.setdefault(behind, []).append(free)
+                    continue
                 there, on = self.parted(lanes, block.guard)
-                if not block.ends and block.target is not None and len(there):
-                    waiting.setdefault(block.target, []).append(there)
-                if block.target is None and not block.ends:
+                if block.target is not None:
+                    if len(there):
+                        waiting.setdefault(block.target, []).append(there)
+                elif not block.ends:
                     on = lanes
                 if block.falls and len(on):
                     waiting.setdefault(at + 1, []).append(on)
+                tried = tried | {at} if block.target == at and len(there) and self.code.tries[at] else set()
+        if (self.parked >= 0).any():
+            raise Fault(f"{self.program.name}: a barrier that some threads of a program do not come to")
+
+    def met(self, lanes: Array, behind: int) -> Iterator[tuple[int, Array]]:
+        """Lanes come to a barrier, and go on with a block behind it: those of programs that are whole, by block."""
+        self.parked[lanes] = behind
+        programs = np.unique(self.programs(lanes))
+        by_program = self.parked.reshape(-1, self.threads)
+        programs = programs[(by_program[programs] >= 0).all(axis=1)]
+        self.shared.epoch[programs] += 1
+        free = self.lanes.reshape(-1, self.threads)[programs].ravel()
+        to = self.parked[free]
+        self.parked[free] = -1
+        for block in np.unique(to):
+            yield int(block), free[to == block]
 
     def parted(self, lanes: Array, guard: Guard | None) -> tuple[Array, Array]:
         """(lanes where it holds, the others)"""
@@ -158,16 +194,6 @@ class Machine:
         """Which of its program's each lane belongs to."""
         return lanes % self.threads // 32
 
-    def barrier(self, lanes: Array) -> None:
-        """
-        Raises:
-            Fault: only some threads of a program come to it.
-        """
-        first, last = lanes[:: self.threads], lanes[self.threads - 1 :: self.threads]
-        if len(first) != len(last) or (last - first != self.threads - 1).any():
-            raise Fault("a barrier that some threads of a program do not come to")
-        self.shared.epoch[self.programs(first)] += 1
-
 
 def _step(instruction: Instruction) -> Step:
     step, guard = _unguarded(instruction), instruction.guard
@@ -188,14 +214,15 @@ def _unguarded(instruction: Instruction) -> Step:
     if known is not None:
         into, *inputs = operands
         assert isinstance(into, str)
+        takes = known.takes[: len(inputs)]
 
         def compute(machine: Machine, lanes: Array) -> None:
-            numbers = known.function(*(machine.value(o, k, lanes) for o, k in zip(inputs, known.takes, strict=True)))
+            numbers = known.function(*(machine.value(o, k, lanes) for o, k in zip(inputs, takes, strict=True)))
             machine.set(into, write(np.asarray(numbers), known.gives), lanes)
 
         return compute
     family = ".".join(words[:2]) if words[0] in ("ld", "st", "cp", "bar", "barrier", "wgmma", "tcgen05") else words[0]
-    for table in (_STEPS, warps.STEPS, tensor_cores.STEPS):
+    for table in (_STEPS, warps.STEPS, tensor_cores.STEPS, tensor_memory.STEPS):
         if family in table:
             return table[family](words, operands)
     raise NotImplementedError(f"the emulator does not know {instruction.op}")
@@ -303,8 +330,8 @@ _STEPS: dict[str, Callable[[list[str], Sequence[Operand]], Step]] = {
     "st.global": _store_global,
     "ld.shared": _load_shared,
     "st.shared": _store_shared,
-    "bar.sync": lambda words, operands: lambda machine, lanes: machine.barrier(lanes),
-    "barrier.sync": lambda words, operands: lambda machine, lanes: machine.barrier(lanes),
+    "bar.sync": _nothing,  # of its block
+    "barrier.sync": _nothing,
     "bar.warp": _nothing,
     "fence": _nothing,
 }

@@ -53,7 +53,8 @@ class Instruction:
 class Block:
     """Instructions that are run one after another. target: the block after it where its guard, if any, holds.
 
-    ends: the program ends there instead. falls: those that do not go there go on with the next block.
+    ends: the program ends there instead. falls: those that do not go there go on with the next block. barrier: not
+    before all threads of the program have come to one.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Block:
     guard: Guard | None = None
     ends: bool = False
     falls: bool = True
+    barrier: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _operand(text: str) -> Operand:
     if text.startswith("["):
         base, _, offset = text[1:-1].partition("+")
         return Address(base.strip(), int(offset, 0) if offset.strip() else 0)
-    return _plain(text)
+    return tuple(_plain(part) for part in text.split("|")) if "|" in text else _plain(text)
 
 
 def _plain(text: str) -> str | int:
@@ -182,6 +184,10 @@ class _Blocks:
         block, op = self.blocks[-1], instruction.words[0]
         if op not in ("bra", "ret"):
             block.instructions.append(instruction)
+            if instruction.words[:2] in (["bar", "sync"], ["barrier", "sync"]):
+                assert instruction.guard is None, instruction
+                block.barrier = True
+                self.blocks.append(Block())
             return
         block.guard, block.ends, block.falls = instruction.guard, op == "ret", instruction.guard is not None
         if op == "bra":

@@ -44,20 +44,20 @@ def attend() -> float:
     return relative_error(out, ragged_attention_ref(qkv.double(), offsets, 110, 0.1))
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 def test_a_kernel_as_it_is(sm: int):
     with emulated(sm):
         assert attend() < 4e-3
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 def test_without_barriers(sm: int, edited: Callable[[str, str], None]):
     edited(r"bar\.sync\s+0;", "")
     with emulated(sm), pytest.raises(Fault, match=r"_attention_fwd_kernel, attention\w*\.py:\d+, .*last barrier"):
         attend()
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 def test_without_waiting_for_copies(sm: int, edited: Callable[[str, str], None]):
     edited(r"cp\.async\.wait_group\s+\d+;", "")
     with emulated(sm):

@@ -131,6 +131,50 @@ def test_a_barrier_is_for_all_threads():
         run("setp.lt.s32 %p1, %r0, 32; @%p1 bra $out; bar.sync 0; $out: mov.b32 %r4, 0;", words())
 
 
+def test_threads_wait_at_a_barrier_for_those_that_come_another_way():
+    """One warp writes, further down, what the other reads behind the barrier, which stands further up."""
+    y = words()
+    run(
+        """
+        setp.lt.s32 %p1, %r0, 32;
+        @%p1 bra $writes;
+    $meet:
+        bar.sync 0;
+        sub.s32 %r4, 252, %r3;
+        setp.ge.s32 %p2, %r0, 32;
+        mov.b32 %r5, 0;
+        @%p2 ld.shared.b32 %r5, [%r4];
+        st.global.b32 [%rd2], {%r5};
+        bra.uni $end;
+    $writes:
+        st.shared.b32 [%r3], {%r0};
+        bra.uni $meet;
+    $end:
+        mov.b32 %r4, 0;
+        """,
+        y,
+    )
+    assert y.tolist() == [*[0] * 32, *range(31, -1, -1)] * 2
+
+
+def test_a_wait_ends_with_the_product_it_is_for():
+    y = words()
+    body = """
+        mbarrier.init.shared::cta.b64 [%r1], 1;
+        COMMIT
+    waitLoop:
+        mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], PARITY;
+        @!%p1 bra waitLoop;
+        st.global.b32 [%rd2], {%r0};
+        """
+    commit = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1];"
+    run(body.replace("COMMIT", "").replace("PARITY", "1"), y, threads=1, programs=1)  # the phase before the first
+    run(body.replace("COMMIT", commit).replace("PARITY", "0"), y, threads=1, programs=1)
+    for text, parity in (("", "0"), (commit, "1")):
+        with pytest.raises(Fault, match="k: a wait for what does not come"):
+            run(body.replace("COMMIT", text).replace("PARITY", parity), y, threads=1, programs=1)
+
+
 def test_a_shuffle_is_for_a_whole_warp():
     with pytest.raises(Fault, match="whole warps"):
         run("setp.lt.s32 %p1, %r0, 3; @%p1 shfl.sync.bfly.b32 %r4, %r0, 16, 31, -1;", words())
