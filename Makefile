@@ -49,6 +49,7 @@ test: $(VENV)/.test
 # Kernels are compiled for the chip, and what comes of it is run by the processor (docs/emulated.md).
 emulate: export PYTHONHASHSEED = 0
 emulate: export FASTJEPA_TEST_CHIP = $(CHIP)
+emulate: export CUDA_VISIBLE_DEVICES =
 emulate: $(VENV)/.test
 	$(BIN)/python -m pytest --timeout 900 -n $(JOBS) --maxprocesses 8 $(EMULATED) $(PYTEST_ARGS)
 
@@ -78,7 +79,7 @@ wheel: $(VENV)/.test
 
 gpu: $(VENV)/.test $(VENV)/.bench
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA GPU; fastjepa doctor says what is here")'
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "gpu or compiled" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "not gpu" tests/ops/test_library.py tests/test_optim.py $(PYTEST_ARGS)
 	$(BIN)/python -W ignore -m benchmarks step --model vit_base --save
 	$(BIN)/python -W ignore -m benchmarks step --model vit_large --save

@@ -73,7 +73,8 @@ def layer_norm_bwd_config(
         config = replace(config, block_t=max(1, config.block_t // 2))
     columns = cdiv(width, config.block_d) * config.block_d * config.block_t // (32 * config.num_warps)
     # Groups of four warps, by registers: at most 128, 168 and 248 a lane.
-    resident = 4 if halved else 3 if columns <= 24 and not mixed else 2
+    three = columns <= 24 and not mixed and not (again and dtype.itemsize == 4 and width > 1280 and arch >= 100)
+    resident = 4 if halved else 3 if three else 2
     programs = MULTIPROCESSORS.get(arch, 108) * max(1, 4 * resident // config.num_warps)
     return replace(config, programs=programs)
 

@@ -1,7 +1,7 @@
 """What one lane does alone: PTX arithmetic on arrays that hold a register of every lane.
 
-Registers hold raw bits. Sums, products and roots are rounded once, as the chip does; `approx` instructions give the
-nearest number where a chip may be an ulp or two off.
+Registers hold raw bits. Sums, products and roots are rounded to nearest even, as on the chip; `approx` instructions
+give the nearest number where a chip may be an ulp or two off. Fused sums are made in a wider type and then rounded.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ def _flushed(x: Array) -> Array:
     return np.where(np.abs(x) < _SMALLEST, np.copysign(np.float32(0), x), x)
 
 
-def _float(function: Callable[..., Array], inputs: int) -> Callable[[list[str]], Operation]:
+def _float(function: Callable[..., Array], inputs: int) -> Callable[[list[str]], Operation | None]:
     """A function of numbers of one kind, with subnormal ones taken for 0 where the instruction says so."""
 
-    def made(words: list[str]) -> Operation:
+    def made(words: list[str]) -> Operation | None:
+        if not _MODES.issuperset(words[:-1]):
+            return None
+
         def flushing(*xs: Array) -> Array:
             return _flushed(_single(function(*map(_flushed, xs))))
 
@@ -118,20 +121,25 @@ def _float(function: Callable[..., Array], inputs: int) -> Callable[[list[str]],
     return made
 
 
+_MODES = {"rn", "ftz", "approx", "full"}  # how real numbers are rounded, as far as it is nearest even or nearly so
+
+
 def _fused(a: Array, b: Array, c: Array) -> Array:
-    """a b + c rounded once: fp64 holds any product of two fp32 numbers, longdouble nearly so of two fp64 ones."""
+    """a b + c: fp64 holds any product of two fp32 numbers, longdouble nearly so of two fp64 ones."""
     wide = np.float64 if a.dtype != np.float64 else np.longdouble
     return (a.astype(wide) * b + c).astype(a.dtype)
 
 
-def _two(function: Callable[[Array, Array], Array]) -> Callable[[list[str]], Operation]:
+def _two(function: Callable[[Array, Array], Array]) -> Callable[[list[str]], Operation | None]:
     """A function of two, of whole numbers or of real ones."""
 
-    def made(words: list[str]) -> Operation:
+    def made(words: list[str]) -> Operation | None:
         kinds = [word for word in words if word[-1].isdigit()]
-        if len(kinds) == 2:  # add.rn.f32.bf16: a narrow one, made wide, and a wide one
+        if len(kinds) == 2 and words[0] == "rn":  # add.rn.f32.bf16: a narrow one, made wide, and a wide one
             return Operation(function, (kinds[1], kinds[0]), kinds[0])
-        return _float(function, 2)(words) if _is_real(kinds[0]) else Operation(function, (kinds[0],) * 2, kinds[0])
+        if _is_real(kinds[-1]):
+            return _float(function, 2)(words)
+        return Operation(function, (kinds[-1],) * 2, kinds[-1]) if len(words) == 1 else None
 
     return made
 
@@ -161,13 +169,13 @@ def _multiply(words: list[str]) -> Operation | None:
 
 
 def _multiply_add(words: list[str]) -> Operation | None:
-    times = _multiply(words)
+    times = None if _is_real(words[-1]) else _multiply(words)
     if times is None:
         return None
     return Operation(lambda a, b, c: times.function(a, b) + c, (*times.takes, times.gives), times.gives)
 
 
-def _divide(words: list[str]) -> Operation:
+def _divide(words: list[str]) -> Operation | None:
     kind = words[-1]
     if _is_real(kind):
         return _float(np.divide, 2)(words)
@@ -206,7 +214,7 @@ _COMPARISONS = {
 
 def _compare(words: list[str]) -> Operation | None:
     how, kind = words[0], words[-1]
-    real = kind.startswith("f")
+    real = _is_real(kind)
     function = _COMPARISONS.get(how[:2])
     if function is None or len(words) != 2:
         return None
@@ -237,11 +245,11 @@ def _convert(words: list[str]) -> Operation | None:
     return Operation(np.positive, (takes,), gives)
 
 
-def _root(words: list[str]) -> Operation:
+def _root(words: list[str]) -> Operation | None:
     return _float(lambda x: 1 / np.sqrt(x.astype(np.float64)), 1)(words)
 
 
-def _power(words: list[str]) -> Operation:
+def _power(words: list[str]) -> Operation | None:
     return _float(lambda x: np.exp2(x.astype(np.float64)), 1)(words)
 
 

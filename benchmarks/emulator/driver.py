@@ -26,10 +26,11 @@ Moved = dict[str, Counter[str]]  # kernel -> what Global and Shared count
 
 
 @contextmanager
-def emulated(sm: int, moved: Moved | None = None) -> Iterator[None]:
+def emulated(sm: int, moved: Moved | None = None) -> Iterator[list[str]]:
     """Operations take their kernels within, on CPU tensors, compiled for a chip and run instruction by instruction.
 
-    What each kernel moves is added to `moved`, in words of `Global` and `Shared`; counting takes longer than the rest.
+    Gives the names of what has been launched. What each kernel moves is added to `moved`, in words of `Global` and
+    `Shared`; counting takes longer than the rest.
 
     Raises:
         Fault: within, from the launch of a kernel that does what a chip would punish.
@@ -41,7 +42,7 @@ def emulated(sm: int, moved: Moved | None = None) -> Iterator[None]:
         (AdamWEMA, "_takes_kernels", lambda self: True),
     ]
     with launched_on(chip), replaced(changes):
-        yield
+        yield chip.launched
 
 
 class _Emulated(Chip):
@@ -49,7 +50,7 @@ class _Emulated(Chip):
 
     def __init__(self, sm: int, moved: Moved | None):
         super().__init__(sm, ("emulated", sm))
-        self.moved = moved
+        self.moved, self.launched = moved, list[str]()
         self.launcher_cls = _Launcher
         self.utils = self  # Triton asks it for what it asks a driver's utilities
         self.code: machine.Code | None = None
@@ -73,6 +74,7 @@ class _Launcher:
 
     def __init__(self, src: Any, metadata: Any):
         self.kinds, self.shared = list(src.signature.values()), metadata.shared
+        self.anywhere = "tensors_ptr" in src.signature  # a table of addresses
 
     def __call__(self, x: int, y: int, z: int, stream: int, code: machine.Code, *rest: Any) -> None:
         chip: Any = driver.active  # a kernel is compiled once for all that is emulated of its kind
@@ -82,10 +84,11 @@ class _Launcher:
         given = [(kind, value) for kind, value in zip(self.kinds, arguments, strict=True) if kind != "constexpr"]
         values = [_bits(kind, value) for kind, value in given]
         values += [0] * (len(code.program.params) - len(values))  # scratch memory, which no kernel here has
+        chip.launched.append(code.program.name)
         moved = None if chip.moved is None else chip.moved.setdefault(code.program.name, Counter())
         with _disable_current_modes():  # what it computes with is nobody's operation
             tensors = (value for _, value in given if isinstance(value, Tensor))
-            machine.launch(code, (x, y, z), values, self.shared, Global(tensors, moved))
+            machine.launch(code, (x, y, z), values, self.shared, Global(tensors, moved, self.anywhere))
         if leave is not None:
             leave(metadata)
 

@@ -26,13 +26,21 @@ class Code:
     """A program, and what to call for each instruction of each block; which blocks ask whether a product is done.
 
     Raises:
-        NotImplementedError: an instruction that the emulator does not know.
+        NotImplementedError: an instruction that the emulator does not know, with the kernel's line.
     """
 
     def __init__(self, program: Program):
         self.program = program
-        self.steps = [[(_step(i), i) for i in block.instructions] for block in program.blocks]
+        self.steps = [[(self._known(i), i) for i in block.instructions] for block in program.blocks]
         self.tries = [any(i.op.startswith("mbarrier.try_wait") for i in block.instructions) for block in program.blocks]
+
+    def _known(self, instruction: Instruction) -> Step:
+        try:
+            return _step(instruction)
+        except (NotImplementedError, AssertionError, KeyError, ValueError) as error:
+            raise NotImplementedError(
+                f"{self.program.name}: the emulator does not know {instruction}: {error}"
+            ) from error
 
 
 def launch(code: Code, grid: Sequence[int], values: Sequence[int], shared: int, memory: Global) -> None:
@@ -97,7 +105,7 @@ class Machine:
         with np.errstate(all="ignore"):
             while waiting:
                 if not waiting.keys() - tried:
-                    raise Fault(f"{self.program.name}: a wait for what does not come")
+                    raise Fault(f"{self._place(min(waiting))}: a wait for what does not come")
                 at = min(waiting.keys() - tried)
                 here, block = waiting.pop(at), self.program.blocks[at]
                 lanes = here[0] if len(here) == 1 else np.sort(np.concatenate(here))
@@ -120,10 +128,16 @@ class Machine:
                     waiting.setdefault(at + 1, []).append(on)
                 tried = tried | {at} if block.target == at and len(there) and self.code.tries[at] else set()
         if (self.parked >= 0).any():
-            raise Fault(f"{self.program.name}: a barrier that some threads of a program do not come to")
+            raise Fault(
+                f"{self._place(self.parked.max() - 1)}: a barrier that some threads of a program do not come to"
+            )
+
+    def _place(self, block: int) -> str:
+        return f"{self.program.name}, {self.program.blocks[block].instructions[-1].place}"
 
     def met(self, lanes: Array, behind: int) -> Iterator[tuple[int, Array]]:
         """Lanes come to a barrier, and go on with a block behind it: those of programs that are whole, by block."""
+        warps.whole_warps(lanes)
         self.parked[lanes] = behind
         programs = np.unique(self.programs(lanes))
         by_program = self.parked.reshape(-1, self.threads)
@@ -254,8 +268,14 @@ def _list(operand: Operand) -> tuple[str | int, ...]:
     return operand if isinstance(operand, tuple) else (operand,)
 
 
+def _width(words: list[str]) -> int:
+    if words[-1][0] != "b":
+        raise NotImplementedError("a load of numbers, whose sign may have to be extended")
+    return bits_of(words[-1]) // 8
+
+
 def _load_global(words: list[str], operands: Sequence[Operand]) -> Step:
-    width, (into, place) = bits_of(words[-1]) // 8, operands
+    width, (into, place) = _width(words), operands
 
     def load(machine: Machine, lanes: Array) -> None:
         assert isinstance(place, Address)
@@ -280,7 +300,7 @@ def _store_global(words: list[str], operands: Sequence[Operand]) -> Step:
 
 
 def _load_shared(words: list[str], operands: Sequence[Operand]) -> Step:
-    width, (into, place) = bits_of(words[-1]) // 8, operands
+    width, (into, place) = _width(words), operands
 
     def load(machine: Machine, lanes: Array) -> None:
         assert isinstance(place, Address)
@@ -319,10 +339,6 @@ def _load_param(words: list[str], operands: Sequence[Operand]) -> Step:
     return load
 
 
-def _nothing(words: list[str], operands: Sequence[Operand]) -> Step:
-    return lambda machine, lanes: None
-
-
 _STEPS: dict[str, Callable[[list[str], Sequence[Operand]], Step]] = {
     "mov": _moves,
     "ld.param": _load_param,
@@ -330,8 +346,8 @@ _STEPS: dict[str, Callable[[list[str], Sequence[Operand]], Step]] = {
     "st.global": _store_global,
     "ld.shared": _load_shared,
     "st.shared": _store_shared,
-    "bar.sync": _nothing,  # of its block
-    "barrier.sync": _nothing,
-    "bar.warp": _nothing,
-    "fence": _nothing,
+    "bar.sync": warps.nothing,  # its block ends with it
+    "barrier.sync": warps.nothing,
+    "bar.warp": warps.nothing,
+    "fence": warps.nothing,
 }

@@ -185,7 +185,8 @@ class _Blocks:
         if op not in ("bra", "ret"):
             block.instructions.append(instruction)
             if instruction.words[:2] in (["bar", "sync"], ["barrier", "sync"]):
-                assert instruction.guard is None, instruction
+                if instruction.guard is not None or instruction.operands != (0,):
+                    raise NotImplementedError(f"the emulator knows one barrier, of all threads, not {instruction}")
                 block.barrier = True
                 self.blocks.append(Block())
             return

@@ -15,7 +15,7 @@ import torch
 from benchmarks.emulator.arithmetic import Array, read
 from benchmarks.emulator.memory import Fault
 from benchmarks.emulator.ptx import Operand
-from benchmarks.emulator.warps import whole_warps
+from benchmarks.emulator.warps import nothing, whole_warps
 
 if TYPE_CHECKING:
     from benchmarks.emulator.machine import Machine, Step
@@ -74,6 +74,11 @@ def _scatter(machine: Machine, into: Operand, numbers: Array, lanes: Array) -> N
         machine.set(str(name), raw[:, i], lanes)
 
 
+def bits(words: Array, first: int, count: int) -> Array:
+    """A field of each word."""
+    return (words.astype(np.uint64) >> np.uint64(first)).astype(np.int64) & ((1 << count) - 1)
+
+
 _SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row within which 16-byte pieces are exchanged
 
 
@@ -82,10 +87,9 @@ def described(descriptor: Array, rows: int, columns: int, along: bool) -> Array:
 
     rows are those of M or N, columns those of K; `along`: K runs along memory. Source: PTX ISA, "Matrix descriptor".
     """
-    field = lambda first, bits: (descriptor >> np.uint64(first)).astype(np.int64) & ((1 << bits) - 1)  # noqa: E731
-    start, leading, stride = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16
-    modes = np.unique(field(62, 2))
-    if len(modes) != 1 or field(49, 3).any():
+    start, leading, stride = (bits(descriptor, first, 14) * 16 for first in (0, 16, 32))
+    modes = np.unique(bits(descriptor, 62, 2))
+    if len(modes) != 1 or bits(descriptor, 49, 3).any():
         raise NotImplementedError("matrix descriptors that differ in their swizzle, or have a base offset")
     wide = _SWIZZLES[int(modes[0])]
     row, column = np.arange(rows)[:, None], np.arange(columns)[None, :]
@@ -100,8 +104,6 @@ def described(descriptor: Array, rows: int, columns: int, along: bool) -> Array:
 
 
 def _wgmma(words: list[str], operands: Sequence[Operand]) -> Step:
-    if words[1] != "mma_async":
-        return lambda machine, lanes: None  # products are done as they are asked for
     size = re.fullmatch(r"m64n(\d+)k16", words[4])
     into, left, right, keeps, *signs = operands
     if size is None or words[5] != "f32" or words[6] not in ("f16", "bf16") or signs[:2] != [1, 1]:
@@ -118,8 +120,8 @@ def _wgmma(words: list[str], operands: Sequence[Operand]) -> Step:
             a = _tile_of_16_rows(_gather(machine, left, f"{kind}x2", lanes, warps).reshape(warps, 32, 8))
             a = a.reshape(groups, 64, 16)
         else:
-            a = _from_memory(machine, left, kind, 64, lanes, not turned[0])
-        b = _from_memory(machine, right, kind, n, lanes, not turned[-1]).swapaxes(-1, -2)
+            a = from_shared(machine, left, kind, 64, lanes, not turned[0], warps=4)
+        b = from_shared(machine, right, kind, n, lanes, not turned[-1], warps=4).swapaxes(-1, -2)
         kept = np.broadcast_to(machine.value(keeps, "pred", lanes), lanes.shape).reshape(groups, 128)[:, :1, None]
         c = np.zeros((groups, 64, n), dtype=np.float32)
         if kept.any():
@@ -131,23 +133,27 @@ def _wgmma(words: list[str], operands: Sequence[Operand]) -> Step:
     return multiply
 
 
-def _from_memory(machine: Machine, descriptor: Operand, kind: str, rows: int, lanes: Array, along: bool) -> Array:
-    """A matrix [groups, rows, 16] of each warpgroup, read by all its warps."""
-    firsts = lanes[::128]
-    given = np.broadcast_to(machine.value(descriptor, "b64", lanes), lanes.shape)[::128]
+def from_shared(
+    machine: Machine, descriptor: Operand, kind: str, rows: int, lanes: Array, along: bool, warps: int
+) -> Array:
+    """A matrix [those who ask, rows, 16] of each group of `warps` warps, which all read it, or of each lane if 0."""
+    apart = 32 * warps or 1
+    given = np.broadcast_to(machine.value(descriptor, "b64", lanes), lanes.shape)[::apart]
     addresses = described(given, rows, 16, along)
-    programs = np.broadcast_to(machine.programs(firsts)[:, None, None], addresses.shape).ravel()
-    places = machine.shared.places(addresses.ravel(), programs, 2)
-    for warp in range(4):
-        who = np.broadcast_to(machine.warps(firsts + 32 * warp)[:, None, None], addresses.shape).ravel()
+    first = lanes[::apart]
+    programs = np.broadcast_to(machine.programs(first)[:, None, None], addresses.shape).ravel()
+    places, found = machine.shared.places(addresses.ravel(), programs, 2), None
+    for warp in range(max(warps, 1)):
+        who = np.broadcast_to(machine.warps(first + 32 * warp)[:, None, None], addresses.shape).ravel()
         (found,) = machine.shared.load(places, 2, 1, programs, who)
+    assert found is not None
     return read(found.reshape(addresses.shape), kind)
 
 
 STEPS: dict[str, Callable[[list[str], Sequence[Operand]], Step]] = {
     "mma": _mma,
     "wgmma.mma_async": _wgmma,
-    "wgmma.fence": _wgmma,
-    "wgmma.commit_group": _wgmma,
-    "wgmma.wait_group": _wgmma,
+    "wgmma.fence": nothing,
+    "wgmma.commit_group": nothing,
+    "wgmma.wait_group": nothing,
 }

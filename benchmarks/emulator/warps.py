@@ -28,8 +28,14 @@ def whole_warps(lanes: Array) -> int:
     return len(lanes) // 32
 
 
+def nothing(words: list[str], operands: Sequence[Operand]) -> Step:
+    """What does nothing here, where all is done in order."""
+    return lambda machine, lanes: None
+
+
 def _shuffle(words: list[str], operands: Sequence[Operand]) -> Step:
     into, source, places, bounds, _ = operands
+    across = {"bfly": True, "idx": False}[words[2]]
     assert bounds == 31, bounds
 
     def shuffle(machine: Machine, lanes: Array) -> None:
@@ -37,9 +43,7 @@ def _shuffle(words: list[str], operands: Sequence[Operand]) -> Step:
         value = np.broadcast_to(machine.value(source, "b32", lanes), lanes.shape).reshape(count, 32)
         by = np.broadcast_to(machine.value(places, "u32", lanes), lanes.shape).reshape(count, 32).astype(np.int64)
         mine = np.arange(32)[None]
-        from_lane = {"bfly": mine ^ by, "idx": by % 32, "down": mine + by, "up": mine - by}[words[2]]
-        from_lane = np.where((from_lane < 0) | (from_lane > 31), mine, from_lane)
-        machine.set(str(into), np.take_along_axis(value, from_lane, axis=1).ravel(), lanes)
+        machine.set(str(into), np.take_along_axis(value, (mine ^ by if across else by) % 32, axis=1).ravel(), lanes)
 
     return shuffle
 
@@ -47,9 +51,7 @@ def _shuffle(words: list[str], operands: Sequence[Operand]) -> Step:
 def _reduce(words: list[str], operands: Sequence[Operand]) -> Step:
     into, source, _ = operands
     kind = words[-1]
-    function = {"max": np.fmax, "min": np.fmin, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and}[words[2]]
-    if "NaN" in words:
-        function = {"max": np.maximum, "min": np.minimum}[words[2]]
+    function = {"max.s32": np.fmax, "max.f32": np.fmax}[".".join(words[2:])]
 
     def reduce(machine: Machine, lanes: Array) -> None:
         count = whole_warps(lanes)
@@ -119,6 +121,8 @@ class Copies:
 
     def ask(self, machine: Machine, lanes: Array, addresses: Array, places: Array, size: int, taken: Array) -> None:
         """Of `size` bytes each, where `taken`; zeros elsewhere."""
+        if taken.any():
+            machine.memory.check(addresses[taken], size)
         programs, warps = machine.programs(lanes), machine.warps(lanes)
         ones = [np.full(len(lanes), 0xFFFFFFFF, dtype=np.uint32)] * (size // 4)
         machine.shared.store(places, ones, 4, programs, warps)

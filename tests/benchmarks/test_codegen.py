@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 
 from benchmarks import codegen
 from benchmarks.codegen import Compiled
+from fastjepa.kernels.rows import MULTIPROCESSORS
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "codegen.txt"
@@ -81,6 +83,18 @@ def test_the_committed_table_has_every_shipped_configuration():
     assert len(listed) == len(shipped)
     missing = [a for a, b in zip(shipped, listed, strict=True) if not b.startswith(a)]
     assert not missing, f"make the table again: python -m benchmarks codegen > {TABLE.relative_to(ROOT)}"
+
+
+def test_every_program_of_a_persistent_kernel_has_a_place_on_the_chip():
+    """By the registers of the committed table, which come in eights."""
+    seen = 0
+    for line in TABLE.read_text(encoding="utf-8").splitlines()[2:]:
+        if launch := re.match(r"layer_norm_bwd .* w(\d+) p(\d+) +(\d+) +(\d+) ", line):
+            warps, programs, chip, registers = map(int, launch.groups())
+            resident = codegen.REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+            assert programs <= MULTIPROCESSORS[chip] * resident, line
+            seen += 1
+    assert seen > 100
 
 
 @pytest.mark.parametrize("chip", codegen.CHIPS)

@@ -7,14 +7,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastjepa.kernels.fp8 import compile_cases, quantise_rows, quantise_rows_cost
+from fastjepa.kernels.fp8 import FIRST_ARCH, compile_cases, quantise_rows, quantise_rows_cost
 from fastjepa.kernels.reference import quantise_rows_ref
 from tests.kernels.multi_tensor_checks import round_as_a_chip
 from tests.kernels.row_checks import DEVICE, MANY, ON_A_CHIP, SM, assert_compiles_well, launches, randn, strange_layouts
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
-    pytest.mark.skipif(SM is not None and SM < 89, reason="numbers in 8 bits need sm 89 or newer"),
+    pytest.mark.skipif(SM is not None and SM < FIRST_ARCH, reason="numbers in 8 bits need sm 89 or newer"),
 ]
 
 

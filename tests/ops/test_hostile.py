@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,14 @@ def test_rows_beyond_32_bits():
         check_range("index", index.values, 0, patches - 2, False)
     x = torch.empty(images, patches, 8, device="meta")
     assert ops.gather_tokens(x, index.to("meta")).values.shape == (1, 8)
+
+
+def test_every_launch_says_that_nothing_is_fused_unasked():
+    """Or a release of Triton, or an environment variable, would decide how sums are rounded."""
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        launches = len(re.findall(r"_kernel\[", text))
+        assert text.count("enable_fp_fusion=False") == launches, path.name
 
 
 def test_programs_are_numbered_in_64_bits():

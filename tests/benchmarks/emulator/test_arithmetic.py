@@ -92,6 +92,7 @@ def test_pairs_go_from_the_low_half_up():
         ("setp.lt.u32", ([2**32 - 1], [0]), [False]),
         ("setp.ne.f32", ([NAN, 1.0], [NAN, 2.0]), [False, True]),
         ("setp.geu.f32", ([NAN, 1.0], [1.0, 2.0]), [True, False]),
+        ("setp.ne.bf16", ([NAN], [1.0]), [False]),
         ("not.pred", ([True, False],), [False, True]),
         ("ex2.approx.ftz.f32", ([3.0, -1e-40, -200.0, -INF],), [8.0, 1.0, 0.0, 0.0]),
         ("rsqrt.approx.ftz.f32", ([4.0, 0.0],), [0.5, INF]),
@@ -117,7 +118,9 @@ def test_the_least_of_a_number_and_none_is_none_where_asked_for():
 
 
 def test_what_no_kernel_has_had_is_said():
-    for op in ("mul.hi.s64", "cvt.rni.s32.f32", "max.xorsign.f32", "setp.lt.and.f32", "bfe.u64", "prmt.b32.f4e"):
+    integers = ("mul.hi.s64", "add.sat.s32", "setp.lt.and.s32", "bfe.u64", "prmt.b32.f4e", "mad.rn.f32")
+    reals = ("cvt.rni.s32.f32", "max.xorsign.f32", "setp.lt.and.f32", "add.sat.f32", "add.rz.f32", "fma.rn.relu.bf16x2")
+    for op in integers + reals:
         with pytest.raises(NotImplementedError, match=op):
             operation(op)
     assert operation("mov.b32") is None

@@ -84,7 +84,7 @@ def test_what_is_moved_is_what_is_declared():
     assert counted["shared store passes"] == counted["shared store passes at best"]
 
 
-def test_other_tensors_than_those_of_the_launch_are_out_of_reach(edited: Callable[[str, str], None]):
+def test_an_access_that_goes_astray(edited: Callable[[str, str], None]):
     edited(r"st\.global\.v4\.b32 \[ (%rd\d+) \+ 0 \]", r"st.global.v4.b32 [ \1 + 1099511627776 ]")
     with emulated(80), pytest.raises(Fault, match="outside every tensor"):
         attend()

@@ -22,13 +22,20 @@ FIRST = """
 """
 
 
-def run(body: str, *tensors: torch.Tensor, threads: int = 64, programs: int = 2, shared: int = 1024) -> Counter[str]:
+def run(
+    body: str,
+    *tensors: torch.Tensor,
+    threads: int = 64,
+    programs: int = 2,
+    shared: int = 1024,
+    anywhere: bool = False,
+) -> Counter[str]:
     """Behind `FIRST`: %rd2 is the place of a thread's word of the first tensor, %r0 the thread, %r3 it times 4."""
     params = ", ".join(f".param .u64 k_param_{i}" for i in range(len(tensors)))
     registers = ".reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<30>; .reg .b64 %rd<9>;"
     text = f".visible .entry k({params}) .reqntid {threads} {{ {registers} {FIRST} {body} ret; }}"
     moved: Counter[str] = Counter()
-    memory = Global(tensors, moved)
+    memory = Global(tensors, moved, anywhere)
     launch(
         Code(parse(text.replace("THREADS", str(threads)))),
         (programs, 1, 1),
@@ -171,7 +178,7 @@ def test_a_wait_ends_with_the_product_it_is_for():
     run(body.replace("COMMIT", "").replace("PARITY", "1"), y, threads=1, programs=1)  # the phase before the first
     run(body.replace("COMMIT", commit).replace("PARITY", "0"), y, threads=1, programs=1)
     for text, parity in (("", "0"), (commit, "1")):
-        with pytest.raises(Fault, match="k: a wait for what does not come"):
+        with pytest.raises(Fault, match="k, .*: a wait for what does not come"):
             run(body.replace("COMMIT", text).replace("PARITY", parity), y, threads=1, programs=1)
 
 
@@ -222,6 +229,39 @@ def test_accesses_outside_are_faults():
         run("ld.shared.b32 %r4, [%r3+1000];", y)
     with pytest.raises(Fault, match="not a multiple of 4"):
         run("ld.shared.b32 %r4, [%r3+2];", y)
+
+
+def test_tensors_of_others_are_out_of_reach_unless_addresses_are_given():
+    x, y = words(), words()
+    body = f"mov.b64 %rd4, {x.data_ptr()}; st.global.b32 [%rd4], {{%r0}};"
+    with pytest.raises(Fault, match="outside every tensor"):
+        run(body, y, threads=1, programs=1)
+    run(body, y, threads=1, programs=1, anywhere=True)
+
+
+def test_a_copy_from_outside_is_a_fault_before_anyone_waits():
+    with pytest.raises(Fault, match="outside every tensor"):
+        run("mov.b64 %rd4, 64; cp.async.ca.shared.global [ %r3 + 0 ], [ %rd4 + 0 ], 0x4;", words())
+
+
+def test_one_barrier_is_known_that_of_all_threads():
+    for body in ("bar.sync 1;", "bar.sync 0, 32;", "@%p1 bar.sync 0;"):
+        with pytest.raises(NotImplementedError, match="one barrier, of all threads"):
+            run(body, words())
+    with pytest.raises(Fault, match="whole warps"):
+        run("setp.lt.s32 %p1, %r0, 3; @%p1 bra $out; bar.sync 0; $out: mov.b32 %r4, 0;", words())
+
+
+def test_tensor_memory_is_what_was_asked_for_and_a_warps_own():
+    ask = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;"
+    load = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r4, %r5}, [%r6 + 30]; st.global.b32 [%rd2], {%r5};"
+    y = words(32)
+    run(f"{ask} mov.b32 %r6, 0; {load}", y, threads=32, programs=1)
+    assert (y == -1).all()
+    with pytest.raises(Fault, match="beyond the tensor memory that was asked for"):
+        run(f"{ask} mov.b32 %r6, 1; {load}", y, threads=32, programs=1)
+    with pytest.raises(Fault, match="another's"):
+        run(f"{ask} mov.b32 %r6, 2097152; {load}", y, threads=32, programs=1)
 
 
 def test_an_empty_register_is_all_ones():
