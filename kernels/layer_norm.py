@@ -18,6 +18,7 @@ Legend: T rows (tokens), D width, P programs. A row's columns are pieces of BLOC
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ def _narrowest(*dtypes: torch.dtype) -> torch.dtype:
     return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
+@cache
 def layer_norm_fwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchConfig:
     """One row to a warp up to D = 1536, for tables of which `dtype` is the narrowest.
 
@@ -57,6 +59,7 @@ def layer_norm_fwd_config(width: int, dtype: torch.dtype, arch: int) -> LaunchCo
     return whole_row_config(width, dtype, values=48, num_warps=8 if width == 1024 and dtype.itemsize == 2 else 4)
 
 
+@cache
 def layer_norm_bwd_config(
     width: int, dtype: torch.dtype, arch: int, mixed: bool = False, again: bool = False
 ) -> LaunchConfig:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastjepa import ops
-from fastjepa.nn.linear import Linear, is_hooked, is_plain
+from fastjepa.nn.linear import Linear, is_plain
 from fastjepa.nn.norm import LayerNorm, add_norm
-from fastjepa.nn.norm_linear import joins, norm_linear
 from fastjepa.nn.ragged_attention import RaggedAttention
 from fastjepa.ops import library
 
@@ -29,17 +29,14 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token on its own."""
         fc1, fc2, drop = self.fc1, self.fc2, self.drop
-        if not library.takes_kernels(x) or not is_plain(fc1, Linear):
-            return drop(fc2(drop(self.act(fc1(x)))))
-        return self.behind_product(fc1.product(x))
+        if library.takes_kernels(x) and is_plain(fc1, Linear) and fc1.bias is not None and is_exact_gelu(self.act):
+            return drop(fc2(drop(ops.bias_gelu(fc1.product(x), fc1.bias))))
+        return drop(fc2(drop(self.act(fc1(x)))))
 
-    def behind_product(self, hidden: Tensor) -> Tensor:
-        """What follows the first product, whose bias is yet to be added: [T, H] -> [T, D]."""
-        fc1, fc2, drop = self.fc1, self.fc2, self.drop
-        passes = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_hooked(drop)
-        if passes and isinstance(fc2, Linear):
-            return fc2.after_gelu(hidden, fc1.bias)
-        return drop(fc2(drop(ops.bias_gelu(hidden, fc1.bias))))
+
+def is_exact_gelu(module: nn.Module) -> bool:
+    """Whether it is the GELU by erf, which nobody hooks."""
+    return is_plain(module, nn.GELU) and module.approximate == "none"
 
 
 class DropPath(nn.Module):
@@ -98,36 +95,32 @@ class Block(nn.Module):
         keep: Tensor | None = None,
         branch: Tensor | None = None,
         deferred: bool = False,
+        recompute: bool = False,
     ) -> Any:
         """Apply the block to every sequence on its own.
 
         `branch` [T, D] is added to x first. With `deferred` the result is (x, branch), yet to be added: the LayerNorm
-        that comes next does that in its own pass.
+        that comes next does that in its own pass. With `recompute` the block keeps its inputs for the backward pass,
+        and is computed again there.
         """
-        attended, x = self._attention(x, branch, offsets, max_length, keep)
-        attended = self.drop_path(attended, offsets, keep)
-        if keep is not None:
-            x = ops.take_rows(x, keep)
-        out, x = self._mlp(x, attended, keep is None)
-        out = self.drop_path(out, offsets, keep)
+        inputs, results = (x, branch, offsets, max_length, keep), None
+        if library.takes_kernels(x) and not torch.compiler.is_compiling():
+            from fastjepa.nn.fused_block import fused_block
+
+            results = fused_block(self, *inputs, recompute)
+        if results is None:
+            recompute = recompute and torch.is_grad_enabled()
+            results = checkpoint(self._parts, *inputs, use_reentrant=False) if recompute else self._parts(*inputs)
+        x, out = results
         return (x, out) if deferred else x + out
 
-    def _attention(
+    def _parts(
         self, x: Tensor, branch: Tensor | None, offsets: Tensor, max_length: int, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(attention behind its norm, x + branch)."""
-        attn = self.attn
-        if is_plain(attn, RaggedAttention) and joins(self.norm1, attn.qkv, x, branch):
-            qkv, x = norm_linear(self.norm1, attn.qkv, x, branch)
-            return attn.attend(qkv, offsets, max_length, keep), x
+        """(the stream behind attention, the MLP's branch), part by part."""
         y, x = add_norm(self.norm1, x, branch, for_linear=True)
-        return attn(y, offsets, max_length, keep), x
-
-    def _mlp(self, x: Tensor, branch: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
-        """(the MLP behind its norm, x + branch)."""
-        mlp = self.mlp
-        if is_plain(mlp, MLP) and joins(self.norm2, mlp.fc1, x, branch):
-            hidden, x = norm_linear(self.norm2, mlp.fc1, x, branch, with_bias=False, x_is_kept=x_is_kept)
-            return mlp.behind_product(hidden), x
-        y, x = add_norm(self.norm2, x, branch, for_linear=True)
-        return mlp(y), x
+        attended = self.drop_path(self.attn(y, offsets, max_length, keep), offsets, keep)
+        if keep is not None:
+            x = ops.take_rows(x, keep)
+        y, x = add_norm(self.norm2, x, attended, for_linear=True)
+        return x, self.drop_path(self.mlp(y), offsets, keep)

@@ -12,9 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastjepa import ops
 from fastjepa.copies import is_current, set_current
-from fastjepa.ops import library
 from fastjepa.ops.fp8 import CAPABILITY
-from fastjepa.ops.rows import check_bias_gelu, linear_dtype
+from fastjepa.ops.rows import linear_dtype
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -40,27 +39,6 @@ class Linear(nn.Linear):
     def product(self, x: Tensor) -> Tensor:
         """x @ weight^T, for whoever adds the bias."""
         return self._apply_to(x, None)
-
-    def after_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        """self(gelu(x + bias)) with the exact GELU. Shapes: x [T, D], bias [D] -> [T, D'].
-
-        In training on CUDA the GELU's output is not kept for the backward pass: the kernel of its gradient writes it
-        again. It is kept under `torch.compile`, in fp64, and where this layer has hooks or another forward,
-        which are given it.
-
-        Raises:
-            ValueError: as `ops.bias_gelu`.
-        """
-        dtype = linear_dtype(x.device, x.dtype)
-        fused = x.dtype == dtype != torch.float64 and library.takes_kernels(x) and self.trains(x)
-        if not fused or not self.takes(x.device, dtype) or torch.compiler.is_compiling() or not is_plain(self, Linear):
-            return self(ops.bias_gelu(x, bias))
-        check_bias_gelu(x, bias)
-        weight, out_bias = self.weight, self.bias  # once, as who parametrizes them may make them anew at each look
-        weight16, bias16 = self.parameters_in(dtype, weight, out_bias)
-        bias = bias.contiguous()
-        place = _GeluLinear.apply(x, bias, weight, out_bias, weight16)
-        return _Put.apply(place, x.detach(), bias.detach(), weight16, bias16)
 
     def takes(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `F.linear` takes rows of `dtype` and this weight: both are cast by autocast, or of one dtype."""
@@ -163,9 +141,11 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether it is one of `kind` without hooks or a forward of somebody else's, so that it need not be called."""
-    ours = isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
-    return ours and not (is_hooked(module) or _has_any_global_hook() or module._compiled_call_impl is not None)
+    """Whether it is of `kind` itself, without hooks or a forward of somebody else's, so that it need not be called."""
+    if type(module) is not kind or "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or _has_any_global_hook())
 
 
 class _CopiedLinear(torch.autograd.Function):
@@ -184,45 +164,6 @@ class _CopiedLinear(torch.autograd.Function):
         dx = dy @ weight16 if ctx.needs_input_grad[0] else None
         dw, db = parameter_gradients(dy, x, ctx.dtype, *ctx.needs_input_grad[1:3])
         return dx, dw, db, None, None
-
-
-class _GeluLinear(torch.autograd.Function):
-    """Gradients of F.linear(gelu(x + gelu_bias), weight16, bias16), as above; x is kept, its gelu is not.
-
-    Its output has no values, which `_Put` brings: what is kept is there before anything is computed. So activation
-    checkpointing, which ends a block's second forward pass with the last that is kept, does not compute it again.
-    """
-
-    @staticmethod
-    def forward(ctx, x, gelu_bias, weight, bias, weight16):
-        ctx.save_for_backward(x, gelu_bias, weight16)
-        ctx.dtype = weight.dtype
-        return x.new_empty(()).expand(*x.shape[:-1], len(weight16))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
-        from fastjepa.kernels.gelu import gelu_bwd
-
-        x, gelu_bias, weight16 = ctx.saved_tensors
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[2] else None
-        dx, dgelu_bias = gelu_bwd(dz @ weight16, x, gelu_bias, y)
-        dw, db = parameter_gradients(dz, y, ctx.dtype, *ctx.needs_input_grad[2:4])
-        return dx, dgelu_bias, dw, db, None
-
-
-class _Put(torch.autograd.Function):
-    """F.linear(gelu(x + gelu_bias), weight16, bias16), whose gradient is that of `place`."""
-
-    @staticmethod
-    def forward(ctx, place, x, gelu_bias, weight16, bias16):
-        from fastjepa.kernels.gelu import gelu_fwd
-
-        return F.linear(gelu_fwd(x, gelu_bias), weight16, bias16)
-
-    @staticmethod
-    def backward(ctx, dz):
-        return dz, None, None, None, None
 
 
 def parameter_gradients(

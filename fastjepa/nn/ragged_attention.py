@@ -43,11 +43,8 @@ class RaggedAttention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
         """Attend within each sequence."""
-        return self.attend(self.qkv(x), offsets, max_length, keep)
-
-    def attend(self, qkv: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None = None) -> Tensor:
-        """What follows the first product: qkv [T, 3 D] -> [T, D] or [M, D]."""
-        qkv = qkv.view(qkv.shape[0], 3, self.num_heads, -1)
+        qkv = self.qkv(x)
+        qkv = qkv.view(qkv.shape[0], 3, self.num_heads, qkv.shape[1] // (3 * self.num_heads))
         dropout = self.attn_drop if self.training else 0.0
         y = ops.ragged_attention(qkv, offsets, max_length, self.scale, dropout, self.backend)
         y = y.flatten(1)

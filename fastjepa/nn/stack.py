@@ -49,11 +49,11 @@ class Stack(nn.Module):
         for depth, block in enumerate(blocks):
             kept = keep if depth == len(blocks) - 1 else None
             if isinstance(block, Block) and not is_hooked_by_others(block):
-                inputs = (x, offsets, max_length, kept, branch, True)
-            else:
-                inputs = (x if branch is None else x + branch, offsets, max_length, kept)
-            out = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-            x, branch = out if len(inputs) == 6 else (out, None)
+                x, branch = block(x, offsets, max_length, kept, branch, True, recompute)
+                continue
+            inputs = (x if branch is None else x + branch, offsets, max_length, kept)
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            branch = None
         if keep is not None and not len(blocks):
             x = ops.take_rows(x, keep)
         return add_norm(norm, x, branch, for_linear)[0]

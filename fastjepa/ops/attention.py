@@ -55,19 +55,7 @@ def ragged_attention(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point() or not qkv.shape[3]:
         raise ValueError(f"qkv must be a floating [T, 3, H, d], got {qkv.dtype} {list(qkv.shape)}")
-    if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}")
-    if offsets.device != qkv.device:
-        raise ValueError(f"qkv is on {qkv.device} and offsets on {offsets.device}")
-    if not isinstance(max_length, int | torch.SymInt):
-        raise ValueError(f"max_length must be a whole number, got {max_length!r}")
-    if qkv.shape[0] > (offsets.shape[0] - 1) * max_length:
-        raise ValueError(
-            f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {qkv.shape[0]}"
-        )
-    check_offsets(offsets, qkv.shape[0], max_length, check)
-    if not torch.compiler.is_compiling():
-        max_length = min(max_length, qkv.shape[0])  # nothing is padded to a bound that is far too high
+    max_length = check_packed(offsets, max_length, qkv.shape[0], qkv.device, check)
     factor = qkv.shape[3] ** -0.5 if scale is None else scale
     if not math.isfinite(factor):
         raise ValueError(f"scale must be finite, got {scale}")
@@ -83,6 +71,27 @@ def ragged_attention(
         return ragged_attention_ref(qkv, offsets, max_length, factor, dropout)
     check_backend(backend)
     return _PEERS[backend](qkv, offsets, max_length, factor, dropout)
+
+
+def check_packed(offsets: Tensor, max_length: int, tokens: int, device: torch.device, check: bool = False) -> int:
+    """The bound on a sequence's length by which to launch: `max_length`, or fewer where there are fewer tokens.
+
+    Raises:
+        ValueError: offsets or a max_length that do not fit so many tokens, as `ragged_attention`.
+    """
+    if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape[0] < 1:
+        raise ValueError(f"offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"the tokens are on {device} and offsets on {offsets.device}")
+    if not isinstance(max_length, int | torch.SymInt):
+        raise ValueError(f"max_length must be a whole number, got {max_length!r}")
+    if tokens > (offsets.shape[0] - 1) * max_length:
+        raise ValueError(
+            f"{offsets.shape[0] - 1} sequences of at most max_length={max_length} tokens cannot hold {tokens}"
+        )
+    check_offsets(offsets, tokens, max_length, check)
+    # Nothing is padded to a bound that is far too high.
+    return max_length if torch.compiler.is_compiling() else min(max_length, tokens)
 
 
 def check_backend(backend: str) -> None:
@@ -118,12 +127,16 @@ def attention_backend(device: torch.device, backend: str = "auto") -> str:
 
 def _refuses(qkv: Tensor, scale: float, dropout: float) -> str | None:
     """What the kernel takes and this is not; None where it does."""
-    width = qkv.shape[3]
     if not library.takes_kernels(qkv):
         return "CUDA tensors"
-    if qkv.dtype == torch.float64:
+    return kernel_refuses(qkv.dtype, qkv.shape[3], scale, dropout)
+
+
+def kernel_refuses(dtype: torch.dtype, head_dim: int, scale: float, dropout: float = 0.0) -> str | None:
+    """What of these the kernel does not take; None where it takes them all."""
+    if dtype == torch.float64:
         return "fp32, fp16 or bf16"
-    if width % 8 or not 8 <= width <= 128:
+    if head_dim % 8 or not 8 <= head_dim <= 128:
         return "head widths in 8..128 that 8 divides"
     return "a positive scale and no dropout" if scale <= 0 or dropout else None
 

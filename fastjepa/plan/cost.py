@@ -105,7 +105,7 @@ class Step:
         flops, settings, parts = self.models.flops, self.settings, self.settings.accumulate
         layers = flops.encoder.layers, flops.predictor.layers
         context, predictor = (settings.recomputes(part) for part in ("context", "predictor"))
-        each = 141 + 2 * predictor - settings.narrow_stream
+        each = 139 + 2 * predictor - settings.narrow_stream
         each += (34 + 6 * context) * layers[0] + (26 + 6 * predictor) * layers[1]
         if parts == 1:
             return each + 2

@@ -1,13 +1,10 @@
 import copy
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counter import as_on_a_gpu
-from fastjepa import ops
 from fastjepa.nn import MLP, Linear, keep_copies, set_fp8
 from fastjepa.optim import AdamWEMA
 
@@ -181,103 +178,6 @@ def test_fp8_weights_do_not_travel():
 # The product behind a GELU, whose input is not kept.
 
 
-class Tail(torch.nn.Module):
-    """x -> fc2(gelu(x + bias)), `kept` or not."""
-
-    def __init__(self, kept: bool):
-        super().__init__()
-        torch.manual_seed(0)
-        self.bias, self.fc2, self.kept = torch.nn.Parameter(torch.randn(48)), Linear(48, 16), kept
-
-    def forward(self, x):
-        if self.kept:
-            return self.fc2(ops.bias_gelu(x, self.bias))
-        return self.fc2.after_gelu(x, self.bias)
-
-
-def tail_step(layer: Tail, x: torch.Tensor, dtype: torch.dtype | None, kept: list[torch.Tensor] | None = None):
-    x = x.clone().requires_grad_()
-    saved = [] if kept is None else kept
-
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    autocast = torch.autocast(x.device.type, dtype) if dtype else nullcontext()
-    with as_on_a_gpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        y = layer(x)
-    with as_on_a_gpu():
-        y.float().square().sum().backward()
-    return y, x.grad, [p.grad for p in layer.parameters()]
-
-
-@pytest.mark.parametrize("rows", [0, 1, 37])
-@pytest.mark.parametrize("case", ["fp32", "fp16 with copies", "fp16 throughout", "fp64"])
-def test_after_gelu_gives_what_the_two_give(case: str, rows: int):
-    dtype = torch.float16 if "with" in case else None
-    layers = [Tail(kept) for kept in (True, False)]
-    for layer in layers:
-        if case == "fp16 with copies":
-            keep_copies(layer, torch.float16)
-        layer.to({"fp64": torch.float64, "fp16 throughout": torch.float16}.get(case, torch.float32))
-    x = torch.randn(rows, 48).to(dtype or layers[0].bias.dtype)
-    wanted, found = (tail_step(layer, x, dtype) for layer in layers)
-    torch.testing.assert_close(found[:2], wanted[:2], rtol=0, atol=0)
-    torch.testing.assert_close(found[2], wanted[2])  # the bias's is summed in other pieces
-
-
-def test_after_gelu_without_copies_is_no_further_from_fp64_than_autocast():
-    """Which rounds gradients of weights to 16 bits."""
-    x = torch.randn(37, 48).half()
-    exact = tail_step(Tail(True).double(), x.double(), None)
-    theirs, ours = (tail_step(Tail(kept), x, torch.float16) for kept in (True, False))
-    torch.testing.assert_close(ours[:2], theirs[:2], rtol=0, atol=0)
-    for a, b, c in zip(ours[2], theirs[2], exact[2], strict=True):
-        assert a.dtype == torch.float32
-        assert (a - c).norm() <= 1.01 * (b - c).norm()
-
-
-@pytest.mark.parametrize("case", ["x without gradient", "no bias", "expanded gradient", "checkpoint", "backward hook"])
-def test_after_gelu_in_odd_circumstances(case: str):
-    def step(kept: bool):
-        layer = Tail(kept)
-        if case == "no bias":
-            layer.fc2 = Linear(48, 16, bias=False)
-            torch.nn.init.ones_(layer.fc2.weight)
-        if case == "backward hook":
-            layer.fc2.register_full_backward_hook(lambda module, given, gave: (2 * given[0],))
-        torch.manual_seed(1)
-        x = torch.randn(37, 48, requires_grad=case != "x without gradient")
-        with as_on_a_gpu():
-            y = checkpoint(layer, x, use_reentrant=False) if case == "checkpoint" else layer(x)
-            (y.sum() if case == "expanded gradient" else y.square().sum()).backward()
-        return y, x.grad, [p.grad for p in layer.parameters()]
-
-    torch.testing.assert_close(step(False), step(True))
-
-
-def test_after_gelu_refuses_what_does_not_fit():
-    layer = Tail(False)
-    for x, said in ((torch.randn(2, 3, 48), r"\[2, 3, 48\] and \[48\]"), (torch.randn(3, 32), r"\[3, 32\] and \[48\]")):
-        with as_on_a_gpu(), pytest.raises(ValueError, match=said):
-            layer(x)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
-def test_after_gelu_on_a_gpu(dtype: torch.dtype | None):
-    layers = [Tail(kept).cuda() for kept in (True, False)]
-    x = torch.randn(5001, 48, device="cuda", dtype=dtype or torch.float32)
-    for layer in layers:
-        if dtype:
-            keep_copies(layer, dtype)
-    wanted, found = (tail_step(layer, x, dtype) for layer in layers)
-    torch.testing.assert_close(found[:2], wanted[:2])
-    for ours, theirs in zip(found[2], wanted[2], strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
-
-
 # The MLP, whose parts may be other people's.
 
 
@@ -319,37 +219,3 @@ def test_an_mlp_drops_where_its_dropout_does():
         mlp.train()
         mlp(x).sum().backward()
     assert mlp.fc2.weight.grad is not None
-
-
-def test_after_gelu_keeps_its_input_alone():
-    x = torch.randn(37, 48)
-    for kept, times in ((True, 2), (False, 1)):
-        saved: list[torch.Tensor] = []
-        tail_step(Tail(kept), x, None, saved)
-        assert sum(tensor.shape == x.shape for tensor in saved) == times
-
-
-def test_after_gelu_calls_hooks():
-    layer, seen = Tail(False), []
-    handle = layer.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    x = torch.randn(5, 48)
-    wanted = tail_step(Tail(True), x, None)
-    torch.testing.assert_close(tail_step(layer, x, None), wanted)
-    torch.testing.assert_close(seen[0], torch.nn.functional.gelu(x + layer.bias))
-    handle.remove()
-    tail_step(layer, x, None)
-    assert len(seen) == 1
-
-
-@pytest.mark.parametrize("frozen", ["bias", "fc2.weight", "fc2.bias", "fc2", "all"])
-def test_after_gelu_of_what_is_frozen(frozen: str):
-    layers = [Tail(kept) for kept in (True, False)]
-    for layer in layers:
-        for name, parameter in layer.named_parameters():
-            if name.startswith(frozen) or frozen == "all":
-                parameter.requires_grad_(False)
-    x = torch.randn(5, 48)
-    wanted, found = (tail_step(layer, x, None) for layer in layers)
-    torch.testing.assert_close(found, wanted)
-    with torch.no_grad(), as_on_a_gpu():
-        torch.testing.assert_close(layers[1](x), layers[0](x))
