@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.process
 import os
@@ -36,6 +37,7 @@ def ended(child: multiprocessing.process.BaseProcess, patience: float = PATIENCE
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     faulthandler.enable()
+    gc.freeze()  # what the parent has left to collect may wait, as it goes, for threads that did not come with the child
     # tqdm's lock is one of all processes: killed while it holds that one, this one would stop them all.
     tqdm.set_lock(threading.RLock())
     target(*arguments)

@@ -52,8 +52,8 @@ LINK_SHARE = Assumption(
 BUCKET = Assumption(25 << 20, "bytes whose all-reduce no backward pass hides: DistributedDataParallel's bucket size")
 BACKWARD_SHARE = Assumption(2 / 3, "of the context encoder's time is its backward pass, as of its FLOPs")
 LAUNCH = Assumption(
-    50e-6,
-    "seconds of a core for each launch of a step of ours: `python -m benchmarks host` on an AMD EPYC, "
+    45e-6,
+    "seconds of a core for each launch of a step of ours: `python -m benchmarks host` on an Intel Xeon, "
     "steps of three models over their launches by count",
 )
 USABLE = Assumption(0.92, "of a GPU's memory: CUDA itself, the allocator's gaps and NCCL's buffers take the rest")

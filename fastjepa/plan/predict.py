@@ -92,7 +92,7 @@ def launching(step: Step, graphs: bool, found: Mapping[str, Part]) -> Part:
         seconds, basis = 0.0, "assumed: within the other parts' efficiencies"
     else:
         seconds = max(0.0, step.launches * assumed.LAUNCH.value - computing)
-        each = f"{1e6 * assumed.LAUNCH.value:.0f} us of a core each (the host suite, on an AMD EPYC)"
+        each = f"{1e6 * assumed.LAUNCH.value:.0f} us of a core each (the host suite, on an Intel Xeon)"
         basis = f"counted: {step.launches} launches; assumed: {each}, while the GPU runs those before"
     return Part(0.0, 0.0, 0.0, None, seconds, basis)
 

@@ -15,14 +15,14 @@ from fastjepa.sharding import whole
 from fastjepa.training.ranks import Ranks
 
 
-def tiny(**more) -> IJEPA:
-    encoder = fastjepa.VisionTransformer([64], 8, embed_dim=24, depth=3, num_heads=2, **more)
+def tiny(depth: int = 3, **more) -> IJEPA:
+    encoder = fastjepa.VisionTransformer([64], 8, embed_dim=24, depth=depth, num_heads=2, **more)
     return IJEPA(encoder, vit_predictor(num_patches=64, embed_dim=24, predictor_embed_dim=16, depth=2, num_heads=2))
 
 
-def batch(ragged: bool):
-    masks = MaskCollator((64, 64), 8, (0.85, 1.0), (0.15, 0.2), (0.75, 1.5), npred=2, ragged=ragged).sample(3, [0])
-    return torch.randn(3, 3, 64, 64), *masks
+def batch(ragged: bool, images: int = 3):
+    masks = MaskCollator((64, 64), 8, (0.85, 1.0), (0.15, 0.2), (0.75, 1.5), npred=2, ragged=ragged)
+    return torch.randn(images, 3, 64, 64), *masks.sample(images, [0])
 
 
 def plain(stack, blocks, norm, x, offsets, max_length, keep=None, for_linear=False):
@@ -79,7 +79,7 @@ def test_blocks_may_be_replaced():
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_activation_checkpointing_changes_no_number(ragged: bool, kernels: bool, drops: dict[str, float]):
-    model, inputs = tiny(**drops), batch(ragged)
+    model, inputs = tiny(depth=2, **drops), batch(ragged, images=2)
     other, part = copy.deepcopy(model), copy.deepcopy(model)
     assert set_activation_checkpointing(other) == 3
     assert set_activation_checkpointing(part, "predictor") == 1
@@ -162,7 +162,7 @@ def test_one_norm_pass_for_each_sum(monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sharded_blocks_with_kernels(tmp_path, recompute: bool):
     """What backward keeps of weights is what `fully_shard` gathers again: between the passes they are freed."""
-    model, inputs = tiny(), batch(True)
+    model, inputs = tiny(depth=2), batch(True, images=2)
     set_activation_checkpointing(model, recompute)
     sharded = copy.deepcopy(model)
 
