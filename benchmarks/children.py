@@ -37,7 +37,7 @@ def ended(child: multiprocessing.process.BaseProcess, patience: float = PATIENCE
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     faulthandler.enable()
-    gc.freeze()  # what the parent has left to collect may wait, as it goes, for threads that did not come with the child
+    gc.freeze()  # what the parent has left to collect may wait, as it goes, for threads that did not come along
     # tqdm's lock is one of all processes: killed while it holds that one, this one would stop them all.
     tqdm.set_lock(threading.RLock())
     target(*arguments)
