@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastjepa import pairing, ragged
-from fastjepa.nn import block, fused_block, linear, norm, stack
+from fastjepa.nn import block, linear, norm, stack
 from fastjepa.ops import checks, library, rows
 from fastjepa.optim import AdamWEMA
 
@@ -308,7 +308,7 @@ class CudaAutocast(TorchFunctionMode):
     def __enter__(self):
         """Our own operations, which ask for autocast's dtype themselves, get this one's; layers computed again, too."""
         narrow, again = lambda device, dtype: torch.bfloat16, partial(checkpoint, context_fn=_again)
-        askers = rows, norm, linear, fused_block, stack
+        askers = rows, norm, linear, stack
         changes: list[tuple[Any, str, Any]] = [(module, "linear_dtype", narrow) for module in askers]
         self._stack = ExitStack()
         self._stack.enter_context(replaced([*changes, *((module, "checkpoint", again) for module in (block, stack))]))

@@ -22,8 +22,10 @@ from fastjepa.nn.block import MLP, Block, DropPath, is_exact_gelu
 from fastjepa.nn.linear import Linear, is_plain, parameter_gradients
 from fastjepa.nn.norm import LayerNorm
 from fastjepa.nn.ragged_attention import RaggedAttention
+from fastjepa.ops import rows as row_ops
 from fastjepa.ops.attention import check_packed, kernel_refuses
-from fastjepa.ops.rows import MAX_WIDTH, check_add_layer_norm, check_bias_gelu, linear_dtype, sum_dtype
+from fastjepa.ops.gather import check_rows
+from fastjepa.ops.rows import check_add_layer_norm, check_bias_gelu
 
 
 def fused_block(
@@ -61,13 +63,13 @@ def fused_block(
     linears = own["qkv"], own["proj"], own["fc1"], own["fc2"]
     if (attn.training and attn.attn_drop) or attn.backend not in ("auto", "triton"):
         return None
-    total_dtype = sum_dtype(x, branch)
-    dtype, norm_parameters, linear_parameters, taken = linear_dtype(x.device, total_dtype), [], [], []
+    total_dtype = row_ops.sum_dtype(x, branch)
+    dtype, norm_parameters, linear_parameters, taken = row_ops.linear_dtype(x.device, total_dtype), [], [], []
     for norm in norms:
         if not is_plain(norm, LayerNorm):
             return None
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-        if weight is None or bias is None or weight.dtype == torch.float64 or weight.numel() > MAX_WIDTH:
+        if weight is None or bias is None or weight.dtype == torch.float64 or weight.numel() > row_ops.MAX_WIDTH:
             return None
         norm_parameters += weight, bias
     for linear in linears:
@@ -75,7 +77,7 @@ def fused_block(
             return None
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         assert weight is not None
-        if weight.dtype != dtype and linear_dtype(x.device, weight.dtype) != dtype:
+        if weight.dtype != dtype and row_ops.linear_dtype(x.device, weight.dtype) != dtype:
             return None
         linear_parameters += weight, bias
         taken += linear.parameters_in(dtype, weight, bias)
@@ -86,6 +88,8 @@ def fused_block(
 
     given = Given(*(p.contiguous() for p in norm_parameters), *taken)
     max_length = check_packed(offsets, max_length, x.shape[0], x.device)
+    if keep is not None:
+        check_rows(x, keep)
     call = Call(offsets, max_length, keep, attn.num_heads, attn.scale, norms[0].eps, norms[1].eps)
     if not torch.is_grad_enabled():
         total, kept = _to_hidden(call, given, x, branch)

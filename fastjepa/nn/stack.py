@@ -42,13 +42,13 @@ class Stack(nn.Module):
         """The blocks one after the other, then the norm: [T, D] -> [T, D], or [M, D] of the tokens `keep` of T.
 
         Residual sums are left to the norm that follows them, also from one block to the next. A block that somebody
-        hooks or has replaced gives its own sum instead.
+        hooks or has replaced, or whose forward is another, gives its own sum instead.
         """
         branch = None
         recompute = self.recompute and torch.is_grad_enabled()
         for depth, block in enumerate(blocks):
             kept = keep if depth == len(blocks) - 1 else None
-            if isinstance(block, Block) and not is_hooked_by_others(block):
+            if _is_ours(block):
                 x, branch = block(x, offsets, max_length, kept, branch, True, recompute)
                 continue
             inputs = (x if branch is None else x + branch, offsets, max_length, kept)
@@ -57,6 +57,11 @@ class Stack(nn.Module):
         if keep is not None and not len(blocks):
             x = ops.take_rows(x, keep)
         return add_norm(norm, x, branch, for_linear)[0]
+
+
+def _is_ours(block: nn.Module) -> bool:
+    forward = getattr(type(block), "forward", None)
+    return forward is Block.forward and "forward" not in vars(block) and not is_hooked_by_others(block)
 
 
 def set_activation_checkpointing(model: nn.Module, on: bool | str = True) -> int:

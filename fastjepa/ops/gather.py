@@ -122,11 +122,16 @@ def take_rows(x: Tensor, rows: Tensor, *, check: bool = False) -> Tensor:
     Raises:
         ValueError: shapes other than these, or as `gather_tokens` an index.
     """
+    check_rows(x, rows, check)
+    return _gather(x, rows, None, unique=True)
+
+
+def check_rows(x: Tensor, rows: Tensor, check: bool = False) -> None:
+    """ValueError unless `take_rows` takes these."""
     if x.dim() != 2 or rows.dim() != 1:
         raise ValueError(f"expected x [R, D] and rows [T], got {list(x.shape)} and {list(rows.shape)}")
     check_tensors({"x": x}, {"rows": rows})
     check_range("rows", rows, 0, x.shape[0] - 1, check)
-    return _gather(x, rows, None, unique=True)
 
 
 def _gather(x: Tensor, rows: Tensor, pos_embed: Tensor | None, unique: bool = False) -> Tensor:

@@ -350,6 +350,12 @@ def test_refuses_what_does_not_fit():
         (block, (x, offsets, 8, None, branch[:3]), r"residual must be \[3, 32\] as x is, got \[13, 32\]"),
         (block, (x, offsets.long(), 8), r"offsets must be int32 \[S \+ 1\], got torch.int64 \[3\]"),
         (block, (x, offsets, 3), r"2 sequences of at most max_length=3 tokens cannot hold 13"),
+        (
+            block,
+            (x, offsets, 8, SOME[None]),
+            r"expected x \[R, D\] and rows \[T\], got \[13, 32\] and \[1, 4\]",
+        ),
+        (block, (x, offsets, 8, SOME.float()), r"rows must be int32 or int64, got torch.float32"),
         (block, (x, offsets, 8.5), r"max_length must be a whole number, got 8.5"),
         (short, (x, offsets, 8), r"\[13, 32\], \[16\] and \[16\]"),
         (biased, (x, offsets, 8), r"\[13, 128\] and \[7\]"),

@@ -75,6 +75,29 @@ def test_blocks_may_be_replaced():
     torch.testing.assert_close(model.encoder(images), wanted)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_may_have_a_forward_of_somebody_elses(recompute: bool):
+    """Of the first four inputs, whatever ours takes beside them."""
+
+    class Doubled(Block):
+        def forward(self, x, offsets, max_length, keep=None):
+            return 2 * super().forward(x, offsets, max_length, keep)
+
+    model, (images, *_) = tiny(), batch(False)
+    set_activation_checkpointing(model, recompute)
+    handle = model.encoder.blocks[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    wanted = model.encoder(images)
+    handle.remove()
+    model.encoder.blocks[1].__class__ = Doubled
+    torch.testing.assert_close(model.encoder(images), wanted)
+    model.encoder.blocks[1].__class__ = Block
+    forward = model.encoder.blocks[1].forward
+    model.encoder.blocks[1].forward = lambda x, offsets, max_length, keep=None: (
+        2 * forward(x, offsets, max_length, keep)
+    )
+    torch.testing.assert_close(model.encoder(images), wanted)
+
+
 @pytest.mark.parametrize("drops", [{"drop_rate": 0.1, "drop_path_rate": 0.1}, {}])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
