@@ -22,7 +22,9 @@ def forked(target: Callable[..., None], *arguments: Any) -> multiprocessing.proc
     """A started process that calls `target`."""
     torch.set_num_threads(1)  # threads of this process would not come with the child, which would wait for them
     child = multiprocessing.get_context("fork").Process(target=_run, args=(target, arguments))
+    gc.freeze()  # what is garbage here is not the child's: its end may wait for threads that did not come along
     child.start()
+    gc.unfreeze()
     return child
 
 
@@ -37,7 +39,6 @@ def ended(child: multiprocessing.process.BaseProcess, patience: float = PATIENCE
 
 def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     faulthandler.enable()
-    gc.freeze()  # what the parent has left to collect may wait, as it goes, for threads that did not come along
     # tqdm's lock is one of all processes: killed while it holds that one, this one would stop them all.
     tqdm.set_lock(threading.RLock())
     target(*arguments)

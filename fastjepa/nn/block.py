@@ -101,7 +101,8 @@ class Block(nn.Module):
 
         `branch` [T, D] is added to x first. With `deferred` the result is (x, branch), yet to be added: the LayerNorm
         that comes next does that in its own pass. With `recompute` the block keeps its inputs for the backward pass,
-        and is computed again there.
+        and is computed again there: as far as the MLP's hidden numbers, or where its parts are called one by one as far
+        as the last that is kept.
         """
         inputs, results = (x, branch, offsets, max_length, keep), None
         if library.takes_kernels(x) and not torch.compiler.is_compiling():

@@ -1,12 +1,13 @@
-"""A transformer block on kernels as one step of the backward pass.
+"""A transformer block as one autograd function on kernels.
 
-What one of its parts would keep for itself is kept once, or made again by a kernel that passes by: the outputs of both
-LayerNorms and of the GELU are written again by the kernels of their gradients. And a processor, which takes longer for
-an autograd function of Python than for a launch, has one of them a block to do.
+Nothing that a block computes is kept for the backward pass twice, and the outputs of its LayerNorms and of its GELU are
+not kept at all: the kernels of their gradients write them again as they go. One function for the whole block also takes
+a processor far less time than one for each of its parts.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastjepa.copies import is_current
 from fastjepa.kernels.attention import attention_bwd, attention_fwd
 from fastjepa.kernels.gather import gather_rows_fwd, row_inverse, scatter_rows_fwd
 from fastjepa.kernels.gelu import gelu_bwd, gelu_fwd
@@ -68,33 +70,37 @@ def fused_block(
     for norm in norms:
         if not is_plain(norm, LayerNorm):
             return None
-        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
         if weight is None or bias is None or weight.dtype == torch.float64 or weight.numel() > row_ops.MAX_WIDTH:
             return None
         norm_parameters += weight, bias
     for linear in linears:
         if not is_plain(linear, Linear) or linear.fp8:
             return None
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        assert weight is not None
+        weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+        if weight is None or (bias is not None and bias.dtype != weight.dtype):
+            return None
         if weight.dtype != dtype and row_ops.linear_dtype(x.device, weight.dtype) != dtype:
             return None
         linear_parameters += weight, bias
-        taken += linear.parameters_in(dtype, weight, bias)
-    taken[5] = linear_parameters[5]
-    head_dim = linear_parameters[0].shape[0] // (3 * attn.num_heads)
-    if taken[5] is None or kernel_refuses(total_dtype, head_dim, attn.scale):
+        taken += linear.parameters_in(dtype, weight, None if linear is linears[2] else bias)
+    hidden_bias, head_dim = linear_parameters[5], linear_parameters[0].shape[0] // (3 * attn.num_heads)
+    if hidden_bias is None or kernel_refuses(total_dtype, head_dim, attn.scale):
         return None
 
-    given = Given(*(p.contiguous() for p in norm_parameters), *taken)
+    taken[5] = hidden_bias.contiguous()
     max_length = check_packed(offsets, max_length, x.shape[0], x.device)
     if keep is not None:
         check_rows(x, keep)
-    call = Call(offsets, max_length, keep, attn.num_heads, attn.scale, norms[0].eps, norms[1].eps)
-    if not torch.is_grad_enabled():
-        total, kept = _to_hidden(call, given, x, branch)
-        return total, _from_hidden(given, kept.hidden)
-    return _FusedBlock.apply(call, given, recompute, x, branch, *norm_parameters, *linear_parameters)
+        keep = keep.contiguous()
+    given = Given(offsets.contiguous(), keep, *(p.contiguous() for p in norm_parameters), *taken)
+    call = Call(max_length, attn.num_heads, attn.scale, norms[0].eps, norms[1].eps)
+    if torch.is_grad_enabled():
+        return _FusedBlock.apply(call, given, recompute, x, branch, *norm_parameters, *linear_parameters)
+    total, kept = _to_hidden(call, given, x, branch)
+    hidden = kept.hidden
+    del kept  # before there is more
+    return total, _from_hidden(given, hidden)
 
 
 def _is_idle(module: Any, kind: type[nn.Dropout] | type[DropPath]) -> bool:
@@ -105,11 +111,9 @@ def _is_idle(module: Any, kind: type[nn.Dropout] | type[DropPath]) -> bool:
 
 
 class Call(NamedTuple):
-    """What a block is given beside its tokens and parameters."""
+    """What a block is told."""
 
-    offsets: Tensor
     max_length: int
-    keep: Tensor | None
     heads: int
     scale: float
     eps1: float
@@ -117,8 +121,10 @@ class Call(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Parameters as the kernels and products take them, without gradients: those of linears in the products' dtype."""
+    """What a block is given beside its tokens; the parameters of linears in the dtype of their products."""
 
+    offsets: Tensor
+    keep: Tensor | None
     norm1_weight: Tensor
     norm1_bias: Tensor
     norm2_weight: Tensor
@@ -159,15 +165,15 @@ def _to_hidden(call: Call, given: Given, x: Tensor, branch: Tensor | None) -> tu
     y, first, mean1, rstd1 = layer_norm_fwd(rows, residual, *norm1, call.eps1, dtype)
     qkv = F.linear(y, given.qkv_weight, given.qkv_bias)
     qkv = qkv.view(len(qkv), 3, call.heads, qkv.shape[1] // (3 * call.heads))
-    attended, lse = attention_fwd(qkv, call.offsets, call.max_length, call.scale)
+    attended, lse = attention_fwd(qkv, given.offsets, call.max_length, call.scale)
     picked, residual = attended.flatten(1), first
-    if call.keep is not None:
-        picked, residual = gather_rows_fwd(picked, call.keep), gather_rows_fwd(first, call.keep)
+    if given.keep is not None:
+        picked, residual = gather_rows_fwd(picked, given.keep), gather_rows_fwd(first, given.keep)
     projected = F.linear(picked, given.proj_weight, given.proj_bias)
     check_add_layer_norm(projected, residual, *norm2)
     y, total, mean2, rstd2 = layer_norm_fwd(projected, residual, *norm2, call.eps2, dtype)
     hidden = F.linear(y, given.fc1_weight)
-    apart = call.keep is None and projected.dtype.itemsize < first.dtype.itemsize
+    apart = given.keep is None and projected.dtype.itemsize < first.dtype.itemsize
     return total, Kept(
         first,
         mean1,
@@ -175,7 +181,7 @@ def _to_hidden(call: Call, given: Given, x: Tensor, branch: Tensor | None) -> tu
         qkv,
         attended,
         lse,
-        None if call.keep is None else picked,
+        None if given.keep is None else picked,
         projected if apart else None,
         None if apart else total,
         mean2,
@@ -195,51 +201,78 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, given, recompute, x, branch, *parameters):
         total, kept = _to_hidden(call, given, x, branch)
-        ctx.save_for_backward(*given, *((x, branch) if recompute else kept))
+        if recompute:  # a weight that was cast for now is cast again
+            pairs = zip(given[2:], parameters, strict=True)
+            copies = (p if new is None or not is_current(new, p) else new for new, p in pairs)
+            ctx.save_for_backward(*given[:2], *copies, x, branch)
+        else:
+            ctx.save_for_backward(*given, *kept)
         ctx.call, ctx.recompute, ctx.of_linears = call, recompute, [p.dtype for p in parameters[4::2]]
+        ctx.dtype = given.qkv_weight.dtype
         ctx.has_branch, ctx.dtypes = branch is not None, (x.dtype if branch is None else branch.dtype, x.dtype)
-        return total, _from_hidden(given, kept.hidden)
+        hidden = kept.hidden
+        del kept  # before there is more, where it is computed again
+        return total, _from_hidden(given, hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal, dz):
-        call, saved = ctx.call, ctx.saved_tensors
-        given, rest = Given(*saved[: len(Given._fields)]), saved[len(Given._fields) :]
-        kept = _to_hidden(call, given, *rest)[1] if ctx.recompute else Kept(*rest)
-        wanted, (of_qkv, of_proj, of_fc1, of_fc2) = ctx.needs_input_grad[9:], ctx.of_linears
+        # In the dtypes of the forward pass, whatever autocast is on by now.
+        device = dz.device.type
+        casts = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            return _gradients(ctx, dtotal, dz)
 
-        y = torch.empty_like(kept.hidden) if wanted[6] else None
-        dhidden, dfc1_bias = gelu_bwd(dz @ given.fc2_weight, kept.hidden, given.fc1_bias, y)
-        dfc2 = parameter_gradients(dz, y, of_fc2, *wanted[6:])
-        del y
-        second = kept.total if kept.projected is None else (kept.projected, kept.first)
-        assert second is not None
-        norm2 = given.norm2_weight, given.norm2_bias, kept.mean2, kept.rstd2
-        dtypes = kept.qkv.dtype, kept.first.dtype
-        dprojected, dfirst, dnorm2, (dfc1_weight, _) = _behind_norm(
-            dhidden, dtotal, second, norm2, dtypes, given.fc1_weight, of_fc1, wanted[4], False
-        )
-        del dhidden
 
-        picked = kept.attended.flatten(1) if kept.picked is None else kept.picked
-        dproj = parameter_gradients(dprojected, picked, of_proj, *wanted[2:4])
-        dattended = dprojected @ given.proj_weight
-        del dprojected
-        if call.keep is not None:
-            tokens = len(kept.first)
-            inverse = row_inverse(call.keep, tokens, unique=True)
-            dattended, dfirst = (scatter_rows_fwd(d, inverse, tokens) for d in (dattended, dfirst))
-        dattended = dattended.view(kept.attended.shape)
-        of_attention = kept.qkv, kept.attended, kept.lse, call.offsets, call.max_length, call.scale
-        dqkv = attention_bwd(dattended, *of_attention).flatten(1)
-        del dattended
-        norm1 = given.norm1_weight, given.norm1_bias, kept.mean1, kept.rstd1
-        dbranch, dx, dnorm1, of_qkv = _behind_norm(
-            dqkv, dfirst, kept.first, norm1, ctx.dtypes, given.qkv_weight, of_qkv, *wanted[:2]
-        )
-        # Without a branch the norm takes x itself, whose gradient both are.
-        dbranch = dbranch if ctx.has_branch else None
-        return None, None, None, dx, dbranch, *dnorm1, *dnorm2, *of_qkv, *dproj, dfc1_weight, dfc1_bias, *dfc2
+def _gradients(ctx: Any, dtotal: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    """Of all that `_FusedBlock.apply` is given."""
+    call, saved, count = ctx.call, ctx.saved_tensors, len(Given._fields)
+    if ctx.recompute:
+        given = _taken(ctx.dtype, *saved[:count])
+        kept = _to_hidden(call, given, *saved[count:])[1]
+    else:
+        given, kept = Given(*saved[:count]), Kept(*saved[count:])
+    wanted, (of_qkv, of_proj, of_fc1, of_fc2) = ctx.needs_input_grad[9:], ctx.of_linears
+
+    y = torch.empty_like(kept.hidden) if wanted[6] else None
+    dhidden, dfc1_bias = gelu_bwd(dz @ given.fc2_weight, kept.hidden, given.fc1_bias, y)
+    dfc2 = parameter_gradients(dz, y, of_fc2, *wanted[6:])
+    del y
+    second = kept.total if kept.projected is None else (kept.projected, kept.first)
+    assert second is not None
+    norm2 = given.norm2_weight, given.norm2_bias, kept.mean2, kept.rstd2
+    dtypes = kept.qkv.dtype, kept.first.dtype
+    dprojected, dfirst, dnorm2, (dfc1_weight, _) = _behind_norm(
+        dhidden, dtotal, second, norm2, dtypes, given.fc1_weight, of_fc1, wanted[4], False
+    )
+    del dhidden
+
+    picked = kept.attended.flatten(1) if kept.picked is None else kept.picked
+    dproj = parameter_gradients(dprojected, picked, of_proj, *wanted[2:4])
+    dattended = dprojected @ given.proj_weight
+    del dprojected
+    if given.keep is not None:
+        tokens = len(kept.first)
+        inverse = row_inverse(given.keep, tokens, unique=True)
+        dattended, dfirst = (scatter_rows_fwd(d, inverse, tokens) for d in (dattended, dfirst))
+    dattended = dattended.view(kept.attended.shape)
+    of_attention = kept.qkv, kept.attended, kept.lse, given.offsets, call.max_length, call.scale
+    dqkv = attention_bwd(dattended, *of_attention).flatten(1)
+    del dattended
+    norm1 = given.norm1_weight, given.norm1_bias, kept.mean1, kept.rstd1
+    dbranch, dx, dnorm1, of_qkv = _behind_norm(
+        dqkv, dfirst, kept.first, norm1, ctx.dtypes, given.qkv_weight, of_qkv, *wanted[:2]
+    )
+    # Without a branch the norm takes x itself, whose gradient both are.
+    dbranch = dbranch if ctx.has_branch else None
+    return None, None, None, dx, dbranch, *dnorm1, *dnorm2, *of_qkv, *dproj, dfc1_weight, dfc1_bias, *dfc2
+
+
+def _taken(dtype: torch.dtype, offsets: Tensor, keep: Tensor | None, *parameters: Any) -> Given:
+    """`Given` of parameters as they are, or of copies in the dtype of the products."""
+    *norms, hidden_bias = (p.contiguous() for p in (*parameters[:4], parameters[9]))
+    before, fc2 = ([None if p is None else p.to(dtype) for p in some] for some in (parameters[4:9], parameters[10:]))
+    return Given(offsets, keep, *norms, *before, hidden_bias, *fc2)
 
 
 def _behind_norm(

@@ -40,10 +40,6 @@ class Linear(nn.Linear):
         """x @ weight^T, for whoever adds the bias."""
         return self._apply_to(x, None)
 
-    def takes(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `F.linear` takes rows of `dtype` and this weight: both are cast by autocast, or of one dtype."""
-        return linear_dtype(device, dtype) == linear_dtype(device, self.weight.dtype)
-
     def parameters_in(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in `dtype`, without gradients: the copies where they hold."""
         copies = self.copies if self.copies is not None and self.copies[0].dtype == dtype else (None, None)

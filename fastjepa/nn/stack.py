@@ -68,7 +68,7 @@ def set_activation_checkpointing(model: nn.Module, on: bool | str = True) -> int
     """Have every encoder and predictor of one live model keep only the inputs of its blocks; gives their number.
 
     What the backward pass needs of a block's inside is computed again there, up to the MLP's last product: two ninths
-    more work in what is trained (a third where something is dropped behind it), and the same numbers. The target
+    more work in what is trained (a third where its parts are called one by one), and the same numbers. The target
     encoder keeps nothing either way. With "predictor" the predictor of an `IJEPA` alone does so: it is narrow, and what
     it keeps is dear for its few FLOPs.
 

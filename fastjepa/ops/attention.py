@@ -138,7 +138,7 @@ def kernel_refuses(dtype: torch.dtype, head_dim: int, scale: float, dropout: flo
         return "fp32, fp16 or bf16"
     if head_dim % 8 or not 8 <= head_dim <= 128:
         return "head widths in 8..128 that 8 divides"
-    return "a positive scale and no dropout" if scale <= 0 or dropout else None
+    return None if 0.0 < scale < math.inf and not dropout else "a positive scale and no dropout"
 
 
 def _described(qkv: Tensor, scale: float, dropout: float) -> str:

@@ -122,7 +122,9 @@ def communication(
         link, rate = "the network between nodes", outside
         source = "given: --network-gb-per-s" if network is not None else f"assumed: {assumed.NETWORK[chip.name].source}"
     reached = assumed.LINK_SHARE.value * rate
-    last = min(1.0, assumed.BUCKET.value / (WIDE * step.models.parameters))  # they are cut before they are rounded
+    tower = step.models.flops.encoder
+    layer = WIDE * (4 + 2 * tower.mlp_ratio) * tower.width**2 if step.ours else 0  # whose gradients come at once
+    last = min(1.0, max(assumed.BUCKET.value, layer) / (WIDE * step.models.parameters))  # cut before they are rounded
     seconds = moved / reached
     exposed = max(last * seconds, seconds - behind)
     return Communication(

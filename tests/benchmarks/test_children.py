@@ -48,5 +48,7 @@ def test_what_the_parent_has_left_is_not_collected_in_a_child():
     try:
         Left()
         assert ended(forked(gc.collect)) == 0
+        assert not gc.get_freeze_count()
+        assert gc.collect()
     finally:
         gc.enable()

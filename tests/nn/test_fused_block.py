@@ -1,4 +1,5 @@
 import copy
+import weakref
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -218,6 +219,9 @@ def test_keeps_each_number_once_and_neither_norms_nor_gelus():
         held = [t for t in saved if t.dim() > 1 and len(t) == tokens and t.data_ptr() not in weights]
         assert len({t.data_ptr() for t in held}) == len(held)
         assert sum(t.element_size() * t[0].numel() for t in held) == WIDTH * kept
+    saved = []  # without copies weights are cast again, too
+    step(made("autocast"), inputs_of("autocast"), dtype=torch.float16, recompute=True, saved=saved)
+    assert {t.dtype for t in saved if t.dim() == 2 and len(t) >= WIDTH} == {torch.float32}
     saved = []
     step(made(), inputs_of("fp32"), saved=saved)
     assert sum(t.shape == (tokens, WIDTH) for t in saved) == 2, "in one dtype the sum is no wider than the branch"
@@ -251,7 +255,14 @@ def test_calls_parts_that_are_not_ours(how: str, part: str, keep: Tensor | None)
         module.__class__ = type("Theirs", (old,), {"forward": forward})
     found = step(block, inputs_of("fp32"), keep=keep)
     assert len(calls) == (2 if part in ("mlp.drop", "drop_path") else 1)
-    torch.testing.assert_close(found, step(block, inputs_of("fp32"), keep=keep, kernels=False), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found, step(block, inputs_of("fp32"), keep=keep, kernels=False), rtol=1e-4, atol=1e-2)
+
+
+def unregistered(linear: Linear) -> None:
+    """As `FullyShardedDataParallel` and replicas of `DataParallel` leave it."""
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
 
 
 CHANGES = {
@@ -269,6 +280,9 @@ CHANGES = {
     "another GELU": lambda block: setattr(block.mlp, "act", nn.GELU("tanh")),
     "attention in parts": lambda block: setattr(block.attn, "backend", "reference"),
     "odd heads": lambda block: setattr(block.attn, "num_heads", 8),
+    "scale of attention that is none": lambda block: setattr(block.attn, "scale", float("nan")),
+    "weight that is no parameter": lambda block: unregistered(block.mlp.fc2),
+    "bias of another dtype": lambda block: setattr(block.attn.proj, "bias", nn.Parameter(torch.zeros(WIDTH).half())),
     "scale of attention": lambda block: setattr(block.attn, "scale", -1.0),
     "attention drops": lambda block: setattr(block.attn, "attn_drop", 0.1),
     "projection drops": lambda block: setattr(block.attn, "proj_drop", nn.Dropout(0.1)),
@@ -276,6 +290,81 @@ CHANGES = {
     "no dropout": lambda block: setattr(block.mlp, "drop", nn.Identity()),
     "path drops": lambda block: setattr(block.drop_path, "probability", 0.1),
 }
+
+
+def test_without_gradients_nothing_is_kept_beside_the_hidden_numbers():
+    block, inputs, held = made(), inputs_of("fp32"), []
+    real, attended = fused._from_hidden, []
+    run = fused.attention_fwd
+
+    def attention(*arguments):
+        results = run(*arguments)
+        attended.append(weakref.ref(results[0]))
+        return results
+
+    def last(given, hidden):
+        held.append(attended[-1]())
+        return real(given, hidden)
+
+    spies = patch.object(fused, "attention_fwd", attention), patch.object(fused, "_from_hidden", last)
+    with spies[0], spies[1], as_on_a_gpu(), torch.no_grad():
+        block(inputs[0], torch.tensor([0, 5, 13], dtype=torch.int32), 8, None, inputs[1], True)
+    assert held == [None]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_lies_apart_is_read_where_it_lies(recompute: bool):
+    block, (x, branch) = made(), inputs_of("fp32")
+    offsets = torch.tensor([0, 5, 13], dtype=torch.int32)
+
+    def run(apart: bool) -> list[Any]:
+        def spread(t: Tensor) -> Tensor:
+            return torch.stack([t, torch.full_like(t, 3)], -1)[..., 0] if apart else t
+
+        copied = copy.deepcopy(block)
+        for linear in (copied.attn.qkv, copied.mlp.fc1, copied.mlp.fc2):
+            linear.bias = nn.Parameter(spread(linear.bias.detach()))
+        copied.norm2.weight = nn.Parameter(spread(copied.norm2.weight.detach()))
+        inputs = [spread(t).detach().requires_grad_() for t in (x, branch)]
+        with as_on_a_gpu():
+            s, out = copied(inputs[0], spread(offsets), 8, spread(SOME), inputs[1], True, recompute)
+            (s.square().sum() + out.square().sum()).backward()
+        return [s, out, *(t.grad for t in inputs), *(p.grad for p in copied.parameters())]
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_is_in_the_forward_pass_s_dtypes(recompute: bool):
+    """Whatever autocast is on as it runs."""
+    block, inputs = made(), inputs_of("fp32")
+    wanted = step(block, inputs, recompute=recompute)
+    real = Tensor.backward
+
+    def backward(self, *arguments):
+        with torch.autocast("cpu", torch.float16):
+            real(self, *arguments)
+
+    with patch.object(Tensor, "backward", backward):
+        found = step(block, inputs, recompute=recompute)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("changed", ["offsets", "keep", "weight"])
+def test_a_change_before_the_backward_pass_is_seen(changed: str):
+    block, (x, branch) = made(), inputs_of("fp32")
+    x.requires_grad_()
+    given = {
+        "offsets": torch.tensor([0, 5, 13], dtype=torch.int32),
+        "keep": SOME.clone(),
+        "weight": block.mlp.fc2.weight,
+    }
+    with as_on_a_gpu():
+        s, out = block(x, given["offsets"], 8, given["keep"], branch, True)
+        with torch.no_grad():
+            given[changed] += 0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (s.sum() + out.sum()).backward()
 
 
 def fuses(block: Block, x: Tensor, branch: Tensor | None) -> bool:
