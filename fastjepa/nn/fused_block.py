@@ -270,9 +270,9 @@ def _gradients(ctx: Any, dtotal: Tensor, dz: Tensor) -> tuple[Tensor | None, ...
 
 def _taken(dtype: torch.dtype, offsets: Tensor, keep: Tensor | None, *parameters: Any) -> Given:
     """`Given` of parameters as they are, or of copies in the dtype of the products."""
-    *norms, hidden_bias = (p.contiguous() for p in (*parameters[:4], parameters[9]))
-    before, fc2 = ([None if p is None else p.to(dtype) for p in some] for some in (parameters[4:9], parameters[10:]))
-    return Given(offsets, keep, *norms, *before, hidden_bias, *fc2)
+    linears = [p if p is None or i == 5 else p.to(dtype) for i, p in enumerate(parameters[4:])]
+    linears[5] = linears[5].contiguous()
+    return Given(offsets, keep, *(p.contiguous() for p in parameters[:4]), *linears)
 
 
 def _behind_norm(
