@@ -270,7 +270,7 @@ def _gradients(ctx: Any, dtotal: Tensor, dz: Tensor) -> tuple[Tensor | None, ...
 
 def _taken(dtype: torch.dtype, offsets: Tensor, keep: Tensor | None, *parameters: Any) -> Given:
     """`Given` of parameters as they are, or of copies in the dtype of the products."""
-    linears = [p if p is None or i == 5 else p.to(dtype) for i, p in enumerate(parameters[4:])]
+    linears: list[Any] = [p if p is None or i == 5 else p.to(dtype) for i, p in enumerate(parameters[4:])]
     linears[5] = linears[5].contiguous()
     return Given(offsets, keep, *(p.contiguous() for p in parameters[:4]), *linears)
 
